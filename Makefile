@@ -1,0 +1,59 @@
+# Seven Days of LLM Fine-Tuning. `make` lists the targets.
+PYTHON ?= python3
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test day lab notebooks lint stamp clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+run: setup  ## execute the notebooks on this machine, write build/course/index.html
+	@$(BIN)/python -m course_lib run
+
+test: setup  ## unit tests, docstring examples, and nbval over all notebooks
+	@echo "== unit tests and docstring examples"
+	@$(BIN)/python -m pytest -q --doctest-modules --durations=5 tests course_lib
+	@echo "== notebooks: every cell executed with the network blocked, exact outputs compared (minutes)"
+	@PYTHONPATH=tests/offline $(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg \
+		--nbval-cell-timeout 300 --durations=10 -v notebooks
+
+day: setup  ## execute one day: make day DAY=1
+	@$(BIN)/python -m course_lib run --day $(DAY)
+
+lab: setup  ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab notebooks
+
+notebooks: setup  ## execute the notebooks and keep the new outputs in notebooks/
+	@$(BIN)/python -m course_lib run --keep
+
+lint: setup  ## ruff over code and notebooks
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+stamp: setup  ## write the repository's address from pyproject.toml into badges and Colab cells
+	@$(BIN)/python -m course_lib stamp
+
+clean:  ## remove .venv and build/ (the model cache stays; its place is printed by `make setup`)
+	rm -rf $(VENV) build
+
+setup: $(READY)  ## .venv with everything, and the base model in the cache
+	@$(BIN)/python -m course_lib fetch
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 15); \
+		sys.exit(0 if ok else "found Python %d.%d, expected 3.11 to 3.14: make PYTHON=python3.12" % sys.version_info[:2])'
+	@test -x $(BIN)/python || { echo "set-up 1/3: a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@if command -v nvidia-smi >/dev/null 2>&1; then \
+		echo "set-up 2/3: torch with CUDA, since nvidia-smi is here"; $(PIP) torch; \
+	else \
+		echo "set-up 2/3: torch for the CPU, about 200 MB"; \
+		$(PIP) --retries 0 --timeout 5 --extra-index-url $(TORCH_INDEX) torch 2>/dev/null \
+			|| { echo "            $(TORCH_INDEX) did not serve it: trying pip's own index"; $(PIP) torch; }; \
+	fi
+	@echo "set-up 3/3: transformers, jupyterlab and the rest, about 300 MB"
+	@$(PIP) -e '.[course,test]'
+	@touch $(READY)

@@ -1,0 +1,24 @@
+"""The helper package of Seven Days of LLM Fine-Tuning.
+
+Arrows point one way, from top to leaf. Importing `course_lib` imports nothing heavy.
+
+| layer  | module       | duty                                                                        |
+|--------|--------------|-----------------------------------------------------------------------------|
+| leaf   | `runtime`    | which machine this is and why; seeds; seconds and peak memory of a block    |
+| leaf   | `sealing`    | folders that are whole or absent: checksums, atomic publication             |
+| leaf   | `plots`      | arrays in, matplotlib Axes out                                              |
+| middle | `hub`        | is the Hugging Face Hub reachable, asked once and briefly                   |
+| middle | `alpaca`     | read and check instruction records, the two prompt templates, split         |
+| middle | `models`     | the base models by name, where each comes from, fallbacks                   |
+| middle | `batching`   | tokenize, mask the prompt, pad; `show_mask`                                 |
+| middle | `memory`     | bytes of weights, gradients and optimizer states                            |
+| upper  | `training`   | `finetune()` over transformers' Trainer                                     |
+| upper  | `evaluation` | `evaluate()`: valid JSON, right topic, exact match, retention               |
+| top    | `notebooks`  | execute notebooks, tidy their outputs, write the course page                |
+| top    | `__main__`   | the command line                                                            |
+"""
+
+import logging
+
+# On some CPUs bitsandbytes advises to install a package that fetches kernels from the Hub; the course works without it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,0 +1,69 @@
+"""The command line: python -m course_lib COMMAND."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from course_lib.runtime import CourseError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Seven Days of LLM Fine-Tuning.", pretty_exceptions_enable=False)
+
+
+@app.command()
+def fetch() -> None:
+    """Put the base model of the CPU into the cache, if it is not there. Without it the course runs on a smaller one."""
+    from course_lib import models
+
+    try:
+        folder = models.unpacked_smollm2(verify=False)
+        print(f"base model: smollm2-135m in {folder}")
+    except CourseError as error:
+        print(f"base model: the tiny stand-in, since {error}")
+
+
+@app.command()
+def run(
+    day: Annotated[int | None, typer.Option(help="Only this day.", min=1, max=7)] = None,
+    keep: Annotated[bool, typer.Option(help="Write the new outputs back into notebooks/.")] = False,
+) -> None:
+    """Execute the notebooks on this machine and write build/course/index.html."""
+    import nbformat
+
+    from course_lib import notebooks, runtime
+
+    print(runtime.detect())
+    executions = []
+    for path in notebooks.find_notebooks(Path("notebooks"), day):
+        execution = notebooks.execute(path)
+        print(execution)
+        executions.append(execution)
+        if keep and not execution.failure:
+            nbformat.write(execution.notebook, path)
+    index = notebooks.write_page(executions, Path("build/course"), Path("build/slides"))
+    print(f"the course as a page: {index}")
+    failed = [execution for execution in executions if execution.failure]
+    if failed:
+        raise CourseError(f"{len(failed)} of {len(executions)} notebooks failed: {'; '.join(map(str, failed))}")
+
+
+@app.command()
+def stamp() -> None:
+    """Write the repository's address from pyproject.toml into badges and Colab cells."""
+    from course_lib import notebooks
+
+    changed = notebooks.stamp(Path("."))
+    print(f"stamped {', '.join(map(str, changed))}" if changed else "every badge and Colab cell already has the address")
+
+
+def main() -> None:
+    """Run a command; a CourseError is one line on stderr and exit code 1, never a traceback."""
+    try:
+        app()
+    except CourseError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

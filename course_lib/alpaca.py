@@ -1,0 +1,255 @@
+"""Alpaca data: instruction records, read strictly, and the two prompts they are put into.
+
+Source: Stanford Alpaca (Taori et al. 2023), train.py. A record has an `instruction`, an `input` (often empty) and an `output`;
+its prompt is one of two fixed texts, and the model is trained to go on with the output. After `### Response:` there is no newline.
+
+Python's json accepts NaN, repeated keys and lone surrogates without a word, and turns a wrong file into a puzzling error
+later. The reader here does not: a file that cannot be trusted as a whole raises DataError; a record that cannot be used is
+refused and counted with its reason, so that always  read = kept + refused.
+"""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from course_lib import hub
+from course_lib.runtime import CourseError
+
+PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+PROMPT_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+FIELDS = ("instruction", "input", "output")
+MAX_FIELD_CHARACTERS = 100_000  # far above any instruction; a record of megabytes is a broken export
+EXPECTED = 'a list of {"instruction": text, "input": text or "", "output": text}'
+
+
+class DataError(CourseError):
+    """A file of instruction data that cannot be used; the message names file, place, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One instruction with its answer. extra: further fields that the reader was told to keep, such as "split"."""
+
+    instruction: str
+    output: str
+    input: str = ""
+    extra: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        """The text the model sees before it answers.
+
+        >>> Record("Name a prime.", "2").prompt.partition("### ")[2]
+        'Instruction:\\nName a prime.\\n\\n### Response:'
+        """
+        template = PROMPT_WITH_INPUT if self.input else PROMPT_WITHOUT_INPUT
+        return template.format(instruction=self.instruction, input=self.input)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a file held. refused: one line for each record that was not kept, with its number and reason."""
+
+    source: str
+    records: list[Record]
+    refused: list[str]
+    reasons: Counter
+
+    def __str__(self) -> str:
+        """One line, for example: people.json: 3 read = 2 kept + 1 refused (1 repeated)."""
+        counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+        total = len(self.records) + len(self.refused)
+        line = f"{self.source}: {total} read = {len(self.records)} kept + {len(self.refused)} refused"
+        return f"{line} ({counts})" if counts else line
+
+
+def read_records(path: Path | str, extra: Sequence[str] = ()) -> Reading:
+    """Read Alpaca JSON (a list) or JSONL (a record a line, by the suffix .jsonl).
+
+    extra: names of further text fields to allow and keep
+    Raises DataError if the file as a whole cannot be used, or if no record in it can.
+    """
+    path = Path(path)
+    rows = _read_json(path)
+    return check_records(rows, path.name, extra)
+
+
+def read_seed_tasks(path: Path | str) -> Reading:
+    """Read Self-Instruct's seed_tasks.jsonl: each instance of a task becomes a record with the task's instruction.
+
+    A task holds `instruction` and `instances`, a list of {"input", "output"}; id, name and is_classification are dropped.
+    """
+    path = Path(path)
+    rows = []
+    for number, task in enumerate(_read_json(path), start=1):
+        if not isinstance(task, dict) or not isinstance(task.get("instances"), list):
+            raise DataError(f'{path.name}, line {number}: expected a task with "instruction" and a list "instances"')
+        for instance in task["instances"]:
+            rows.append({"instruction": task.get("instruction"), **instance} if isinstance(instance, dict) else instance)
+    return check_records(rows, path.name)
+
+
+def read_hub(repository: str = "tatsu-lab/alpaca") -> Reading:
+    """Read an Alpaca-style data set from the Hub, where it can be reached. Raises HubError at once where it cannot.
+
+    The column `text`, the record already put into its prompt, is dropped: prompts are made here.
+    """
+    hub.probe(f"datasets/{repository}", "README.md")
+    from datasets import load_dataset
+
+    rows = load_dataset(repository, split="train")
+    return check_records(rows.remove_columns([name for name in rows.column_names if name == "text"]), repository)
+
+
+def check_records(rows: Iterable[Any], source: str, extra: Sequence[str] = ()) -> Reading:
+    """Keep the rows that are whole instruction records, refuse the others. source: what to call the data in messages.
+
+    >>> reading = check_records([{"instruction": "Add.", "input": "1 + 1", "output": "2"}, {"instruction": "Add."}], "sums")
+    >>> print(reading)
+    sums: 2 read = 1 kept + 1 refused (1 lacks a field)
+    >>> reading.refused
+    ['sums, record 2: lacks a field: expected "output", found "instruction"']
+    """
+    records, refused, reasons, seen = [], [], Counter(), set()
+    for number, row in enumerate(rows, start=1):
+        problem = _problem(row, extra)
+        if problem is None:
+            key = (row["instruction"], row.get("input", ""), row["output"])
+            if key in seen:
+                problem = ("repeated", "the same instruction, input and output came before")
+            seen.add(key)
+        if problem is None:
+            records.append(Record(row["instruction"], row["output"], row.get("input", ""), {name: row[name] for name in extra}))
+        else:
+            reason, details = problem
+            reasons[reason] += 1
+            refused.append(f"{source}, record {number}: {reason}: {details}")
+    if not records:
+        raise DataError(f"{refused[0]}; no record can be used" if refused else f"{source} holds no records, expected {EXPECTED}")
+    return Reading(source, records, refused, reasons)
+
+
+def split_records(records: Sequence[Record], held_out: int, seed: int) -> tuple[list[Record], list[Record]]:
+    """Shuffle and split into (training, held out). The same seed gives the same split on every machine.
+
+    >>> train, test = split_records([Record(str(n), str(n)) for n in range(5)], held_out=2, seed=0)
+    >>> len(train), len(test)
+    (3, 2)
+    """
+    if not 0 < held_out < len(records):
+        raise CourseError(f"held_out={held_out} must lie in 1..{len(records) - 1} for {len(records)} records")
+    shuffled = random.Random(seed).sample(records, len(records))
+    return shuffled[held_out:], shuffled[:held_out]
+
+
+def _problem(row: Any, extra: Sequence[str]) -> tuple[str, str] | None:
+    """Why a row cannot be used: (reason, details), or None. A missing input counts as an empty one."""
+    if not isinstance(row, dict):
+        return "not an object", f"found {_kind(row)}"
+    for name in (*FIELDS, *extra):
+        if name not in row and name != "input":
+            return "lacks a field", f'expected "{name}", found {", ".join(json.dumps(str(key)[:40]) for key in row) or "nothing"}'
+    for name, value in row.items():
+        if name not in FIELDS and name not in extra:
+            return "unknown field", f"{json.dumps(str(name)[:40])}, expected only {', '.join((*FIELDS, *extra))}"
+        if not isinstance(value, str):
+            return "not text", f'"{name}" is {_kind(value)}'
+        if not value.strip() and name != "input":
+            return "empty", f'"{name}" has no text'
+        if len(value) > MAX_FIELD_CHARACTERS:
+            return "too long", f'"{name}" has {len(value):,} characters, at most {MAX_FIELD_CHARACTERS:,} are read'
+        if "\0" in value:
+            return "NUL character", f'in "{name}"'
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            return "broken character", f'half of a surrogate pair in "{name}"'
+    return None
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _read_json(path: Path) -> list[Any]:
+    """The rows of a JSON list or of JSON lines. Raises DataError with the line where reading stopped."""
+    text = _read_text(path)
+    if path.suffix.lower() == ".jsonl":
+        lines = ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+        return [_parse(line, path.name, number) for number, line in lines]
+    rows = _parse(text, path.name, 1)
+    if not isinstance(rows, list):
+        keys = f" with the keys {', '.join(json.dumps(key[:40]) for key in list(rows)[:5])}" if isinstance(rows, dict) else ""
+        raise DataError(f"{path.name} holds {_kind(rows)}{keys}, expected {EXPECTED}")
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    """The file as text: UTF-8, with or without a byte order mark."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}: check the path, relative to {Path.cwd().name}/") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if not content.strip():
+        raise DataError(f"{path.name} is empty, expected {EXPECTED}")
+    if content.startswith(b"version https://git-lfs"):
+        raise DataError(f"{path.name} is a Git LFS pointer, not the data: run `git lfs pull`, or download the file itself")
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path.name} is UTF-16, expected UTF-8: save it again as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{path.name}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8, perhaps Latin-1: save it again as UTF-8"
+        ) from None
+    if text.lstrip()[:1] == "<":
+        raise DataError(f"{path.name} is a web page (HTML), expected JSON: download the raw file, not the page that shows it")
+    return text
+
+
+class _RepeatedKeyError(ValueError):
+    pass
+
+
+def _parse(text: str, source: str, first_line: int) -> Any:
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = Counter(key for key, _ in pairs)
+        for key, count in keys.items():
+            if count > 1:
+                raise _RepeatedKeyError(key)
+        return dict(pairs)
+
+    def no_constants(name: str) -> None:
+        raise ValueError(name)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=no_constants)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        if not text[error.pos :].strip() or error.msg.startswith("Unterminated string"):
+            raise DataError(f"{source}, line {line}: the file ends in the middle of a record, it was cut off: get it again") from None
+        found = json.dumps(text[error.pos : error.pos + 20], ensure_ascii=False)
+        hint = "; one record a line is JSONL: name the file .jsonl" if error.msg == "Extra data" else ""
+        raise DataError(f"{source}, line {line}, column {error.colno}: not JSON ({error.msg}), found {found}{hint}") from None
+    except _RepeatedKeyError as error:
+        raise DataError(f'{source}: the key "{str(error)[:40]}" stands twice in one record: keep one of them') from None
+    except RecursionError:
+        raise DataError(f"{source}: lists nested too deeply, expected {EXPECTED}") from None
+    except ValueError as error:
+        if str(error) in ("NaN", "Infinity", "-Infinity"):
+            raise DataError(f"{source}: {error} is not JSON, expected text in quotes") from None
+        raise DataError(f"{source}: {error}") from None

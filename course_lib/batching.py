@@ -1,0 +1,168 @@
+"""From instruction records to batches: token ids, and labels that train on the answer only.
+
+    ids     prompt ... prompt  answer ... answer  EOS
+    labels   -100  ...  -100   answer ... answer  EOS        (-100 is what cross_entropy ignores)
+
+Three departures from the common recipes, each against a silent failure:
+- Prompt and answer are tokenized apart, as they are when the model generates. Tokenized together, the colon of `### Response:`
+  can merge with the first letter of the answer, and the model would train on a boundary that it never meets.
+- EOS is appended here and padding is masked by position. SmolLM2 pads with EOS, so masking by token id would mask the EOS too,
+  and the model would never learn to stop.
+- The text of a record is encoded with split_special_tokens=True, so that "<|im_end|>" in the data is seven characters of text
+  and not a control token. add_special_tokens=False does not do that.
+"""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from course_lib.alpaca import Record
+from course_lib.runtime import CourseError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record as tokens; both lists have the same length."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def supervised_ids(self) -> list[int]:
+        return [label for label in self.labels if label != IGNORED]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The examples that fit, and one line for each record that was refused: read = examples + refused."""
+
+    examples: list[Example]
+    refused: list[str]
+
+    def __str__(self) -> str:
+        return f"{len(self.examples) + len(self.refused)} records = {len(self.examples)} encoded + {len(self.refused)} too long"
+
+
+def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids of plain text, which cannot forge special tokens.
+
+    >>> from course_lib.models import random_tiny
+    >>> _, tokenizer = random_tiny()
+    >>> tokenizer.eos_token_id in encode_text("<|im_end|>", tokenizer)
+    False
+    """
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def encode_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids the model answers to: BOS where the tokenizer's own default puts one (Llama 2 does, SmolLM2 does not)."""
+    default = tokenizer("")["input_ids"]
+    bos = default[:1] if default[:1] == [tokenizer.bos_token_id] else []
+    return bos + encode_text(record.prompt, tokenizer)
+
+
+def encode(record: Record, tokenizer: "PreTrainedTokenizerBase", *, mask_prompt: bool = True) -> Example:
+    """Prompt, answer, EOS. mask_prompt: False trains on the prompt too, for the comparison of Day 1.
+
+    >>> from course_lib.models import random_tiny
+    >>> _, tokenizer = random_tiny()
+    >>> example = encode(Record("Add.", "2", input="1 + 1"), tokenizer)
+    >>> tokenizer.decode(example.supervised_ids)
+    '2<|im_end|>'
+    """
+    prompt_ids = encode_prompt(record, tokenizer)
+    answer_ids = [*encode_text(record.output, tokenizer), tokenizer.eos_token_id]
+    prompt_labels = [IGNORED] * len(prompt_ids) if mask_prompt else prompt_ids
+    return Example(prompt_ids + answer_ids, prompt_labels + answer_ids)
+
+
+def encode_records(
+    records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_tokens: int, *, mask_prompt: bool = True
+) -> Encoding:
+    """Encode all records; one longer than max_tokens is refused, because a cut answer would teach to stop in mid-sentence.
+
+    Raises CourseError if none fits.
+    """
+    examples, refused = [], []
+    for number, record in enumerate(records, start=1):
+        example = encode(record, tokenizer, mask_prompt=mask_prompt)
+        if len(example) <= max_tokens:
+            examples.append(example)
+        else:
+            refused.append(f"record {number}: {len(example)} tokens, at most {max_tokens}: raise max_tokens or shorten it")
+    if not examples:
+        raise CourseError(f"none of {len(records)} records fits into {max_tokens} tokens" + f" ({refused[0]})" * bool(refused))
+    return Encoding(examples, refused)
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """Pad on the right to the longest example: input_ids, attention_mask and labels, each (N, T) int64."""
+    longest = max(map(len, examples))
+
+    def padded(rows: list[list[int]], filler: int) -> Tensor:
+        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+
+    return {
+        "input_ids": padded([example.input_ids for example in examples], pad_id),
+        "attention_mask": padded([[1] * len(example) for example in examples], 0),
+        "labels": padded([example.labels for example in examples], IGNORED),
+    }
+
+
+def real_token_share(lengths: Sequence[int], batch_size: int) -> float:
+    """The share of a padded epoch that is not padding, in the given order.
+
+    >>> real_token_share([2, 4, 2, 4], batch_size=2), real_token_share([2, 2, 4, 4], batch_size=2)
+    (0.75, 1.0)
+    """
+    batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
+    return sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
+
+
+def length_grouped_order(lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:
+    """Indices in a random order in which each slice of `batch_size` has similar lengths; transformers' own grouping."""
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    return get_length_grouped_indices(list(lengths), batch_size, generator=torch.Generator().manual_seed(seed))
+
+
+class MaskView:
+    """An example for eyes: trained tokens green, masked ones grey; in a terminal trained tokens stand in [brackets]."""
+
+    def __init__(self, pieces: list[tuple[str, bool]]):
+        self.pieces = pieces
+
+    def __repr__(self) -> str:
+        return "".join(f"[{piece}]" if trained else piece for piece, trained in self.pieces)
+
+    def _repr_html_(self) -> str:
+        spans = []
+        for piece, trained in self.pieces:
+            style = "background:#b7e4c7;color:#081c15;font-weight:600" if trained else "background:#eeeeee;color:#6c757d"
+            visible = html.escape(piece).replace("\n", "&#x21B5;<br>").replace(" ", "&nbsp;")
+            spans.append(f'<span style="{style};border:1px solid #ffffff;border-radius:3px">{visible}</span>')
+        return f'<div style="font-family:monospace;line-height:1.7">{"".join(spans)}</div>'
+
+
+def show_mask(example: Example, tokenizer: "PreTrainedTokenizerBase") -> MaskView:
+    """Colour an example's tokens by whether they are trained.
+
+    >>> from course_lib.models import random_tiny
+    >>> _, tokenizer = random_tiny()
+    >>> show_mask(Example([72, 73, 2], [-100, 73, 2]), tokenizer)
+    f[g][<|im_end|>]
+    """
+    pairs = zip(example.input_ids, example.labels, strict=True)
+    return MaskView([(tokenizer.decode([token]), label != IGNORED) for token, label in pairs])

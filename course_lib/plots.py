@@ -1,0 +1,80 @@
+"""Figures: arrays in, matplotlib Axes out. Notebooks and slides draw with the same functions.
+
+The title of a figure is its finding, so the caller gives it; axes carry their units.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, ACCENT, GOOD, PALE = "#1b263b", "#d1495b", "#2a9d8f", "#cfd8dc"
+
+
+def plot_loss(losses: Sequence[float], title: str, smooth: int = 5) -> "Axes":
+    """Loss of every step, and its mean over the last `smooth` steps."""
+    axes = _axes(title)
+    steps = range(1, len(losses) + 1)
+    means = [sum(losses[max(0, end - smooth) : end]) / min(end, smooth) for end in steps]
+    axes.plot(steps, losses, color=PALE, marker="o", markersize=4, label="each step")
+    axes.plot(steps, means, color=ACCENT, linewidth=2.5, label=f"mean of {smooth} steps")
+    axes.set(xlabel="optimizer step", ylabel="loss on answer tokens (nats)", ylim=(0, None))
+    axes.legend(frameon=False)
+    return axes
+
+
+def plot_next_tokens(probabilities: Mapping[str, Mapping[str, float]], title: str) -> "Axes":
+    """One panel a model: its most likely next tokens. probabilities: model -> token -> probability."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(probabilities), figsize=(4.5 * len(probabilities), 3.2), layout="constrained", squeeze=False)
+    figure.suptitle(title, color=INK)
+    for axes, (model, tokens) in zip(panels[0], probabilities.items(), strict=True):
+        bars = axes.barh(list(tokens), list(tokens.values()), color=GOOD)
+        axes.bar_label(bars, fmt="{:.2f}", padding=3)
+        axes.invert_yaxis()
+        axes.set(title=model, xlabel="probability of the next token", xlim=(0, 1.15 * max(tokens.values())))
+        axes.spines[["top", "right"]].set_visible(False)
+    return panels[0][0]
+
+
+def plot_shares(shares: Mapping[str, Mapping[str, float]], title: str) -> "Axes":
+    """Grouped bars of percentages. shares: measure -> {"before": share, "after": share}, shares in 0..1."""
+    axes = _axes(title)
+    colors = (PALE, ACCENT, GOOD)
+    names = list(next(iter(shares.values())))
+    width = 0.8 / len(names)
+    for place, name in enumerate(names):
+        left = [index + (place - (len(names) - 1) / 2) * width for index in range(len(shares))]
+        bars = axes.bar(left, [100 * row[name] for row in shares.values()], width, label=name, color=colors[place])
+        axes.bar_label(bars, fmt="{:.0f}", padding=2)
+    axes.set(xticks=range(len(shares)), xticklabels=list(shares), ylabel="% of held-out questions", ylim=(0, 112))
+    axes.legend(frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    return axes
+
+
+def plot_bills(bills: Mapping[str, Mapping[str, float]], title: str) -> "Axes":
+    """Stacked bars of memory. bills: recipe -> part -> gigabytes (10^9 bytes)."""
+    axes = _axes(title)
+    parts = list(next(iter(bills.values())))
+    left = [0.0] * len(bills)
+    for part, color in zip(parts, (INK, GOOD, ACCENT, PALE), strict=False):
+        widths = [row[part] for row in bills.values()]
+        axes.barh(list(bills), widths, left=left, color=color, label=part)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for row, total in enumerate(left):
+        axes.text(total, row, f" {total:.1f}", va="center", color=INK)
+    axes.invert_yaxis()
+    axes.set(xlabel="GB", xlim=(0, 1.12 * max(left)))
+    axes.legend(frameon=False, ncols=len(parts), loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    return axes
+
+
+def _axes(title: str) -> "Axes":
+    import matplotlib.pyplot as plt
+
+    _, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    axes.set_title(title, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes

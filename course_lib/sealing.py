@@ -1,0 +1,73 @@
+"""Folders that are whole or absent.
+
+A folder is written under a temporary name, sealed with the SHA-256 of each of its files, flushed to disk and only then renamed
+to its final name. A process that is killed half-way leaves a temporary folder that nobody reads; a file that is damaged later
+no longer matches its seal.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+SEAL = "SEAL.json"
+PARTIAL = ".partial-"
+
+
+class DamagedError(Exception):
+    """A folder that is not what was sealed. The message names the file and what is wrong with it."""
+
+
+def partial_folder(final: Path) -> Path:
+    """A new empty folder beside `final`, to be filled and then published. What a killed process left there is removed."""
+    partial = final.parent / f"{PARTIAL}{final.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def publish(partial: Path, final: Path, facts: dict) -> None:
+    """Seal `partial` and rename it to `final`, replacing what is there. facts: JSON values to keep in the seal."""
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    seal = {"facts": facts, "sha256": {path.relative_to(partial).as_posix(): sha256(path) for path in files}}
+    (partial / SEAL).write_text(json.dumps(seal, indent=1), encoding="utf-8")
+    for path in [*files, partial / SEAL, partial]:
+        _flush(path)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    _flush(final.parent)
+
+
+def check(folder: Path) -> dict:
+    """The facts in the seal of `folder`. Raises DamagedError if a file is missing, foreign to the seal or changed."""
+    try:
+        seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        facts, checksums = seal["facts"], seal["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DamagedError(f"{folder.name} has no readable {SEAL}") from None
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SEAL}
+    for name in sorted(present ^ checksums.keys()):
+        raise DamagedError(f"{folder.name}/{name} is {'missing' if name in checksums else 'not in the seal'}")
+    for name, expected in checksums.items():
+        if sha256(folder / name) != expected:
+            raise DamagedError(f"{folder.name}/{name} differs from its checksum")
+    return facts
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until the disk has it; folders cannot be flushed on Windows."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,339 @@
+"""Fine-tuning over transformers' Trainer, which runs on one machine as under `accelerate launch`.
+
+What is added to the Trainer: the loss below, a loss curve returned as data, measured seconds, tokens and bytes, checkpoints that are
+whole or absent, and a stop with advice before a loss that is not finite can spoil the weights.
+
+The loss is the library's, the mean of -log p(answer token) over the supervised positions, but only these positions go through the
+output head. For SmolLM2 the head is 28.3M of 134.5M parameters and a prompt is two thirds of a row: docs/decisions.md has the gain.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from course_lib import sealing
+from course_lib.batching import IGNORED, Example, collate, length_grouped_order
+from course_lib.runtime import CourseError, Machine, measure, quiet_transformers, seed_everything
+
+if TYPE_CHECKING:
+    from course_lib.models import Loaded
+
+CHECKPOINTS_KEPT = 2
+Say = Callable[[str], None]
+
+
+class TrainingError(CourseError):
+    """Training cannot start or go on; the message says what to change. The last checkpoint is untouched."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a fine-tuning run did. losses: one a step, from step 1 on; tokens: real ones of this session, without padding."""
+
+    losses: list[float]
+    seconds: float
+    tokens: int
+    supervised_tokens: int
+    peak_bytes: int
+    resumed_at: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    def __str__(self) -> str:
+        resumed = f" after {self.resumed_at} from a checkpoint" if self.resumed_at else ""
+        return (
+            f"{len(self.losses) - self.resumed_at} steps{resumed}, {self.seconds:.0f} s, {self.tokens:,} tokens "
+            f"({self.supervised_tokens:,} supervised), {self.tokens_per_second:.0f} tokens/s, "
+            f"peak {self.peak_bytes / 2**30:.1f} GiB"
+        )
+
+
+def supervised_loss(model: nn.Module, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:
+    """Cross-entropy of the next token where labels are not -100; equal to the library's loss, with fewer rows in the head.
+
+    batch: input_ids, attention_mask, labels, each (N, T)
+    reduction: "mean" or "sum" over supervised positions
+    """
+    labels = batch["labels"][:, 1:]  # position t predicts token t + 1
+    supervised = labels != IGNORED  # (N, T - 1)
+    if not supervised.any():
+        raise TrainingError("a batch has no supervised token, so its loss is undefined: every label is -100")
+
+    def keep_supervised(head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        hidden = inputs[0][:, -batch["labels"].shape[1] :]  # (N, T, C): virtual tokens of soft prompts come before
+        return (hidden[:, :-1][supervised].unsqueeze(0),)  # (1, K, C)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep_supervised)
+    try:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    finally:
+        hook.remove()
+    return nn.functional.cross_entropy(logits[0].float(), labels[supervised], reduction=reduction)
+
+
+def finetune(
+    base: "Loaded",
+    examples: Sequence[Example],
+    machine: Machine,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    accumulate: int = 1,
+    warmup_steps: int = 0,
+    group_by_length: bool = False,
+    seed: int = 0,
+    folder: Path | str | None = None,
+    save_every: int | None = None,
+    say: Say = print,
+) -> Run:
+    """Train the weights of `base.model` that require a gradient, in place, with AdamW and a linear decay to zero.
+
+    steps: optimizer steps, each on batch_size * accumulate examples
+    folder, save_every: keep a checkpoint every `save_every` steps in `folder`; a run that finds one there goes on from it
+    say: gets a line about a resumed run, a damaged checkpoint, or one that could not be written
+    Raises TrainingError before the first step for settings, weights or a folder that cannot work, and in mid-run for a loss or
+    gradient that is not finite.
+    """
+    _check(base.model, examples, steps=steps, batch_size=batch_size, accumulate=accumulate)
+    if (folder is None) != (save_every is None):
+        raise TrainingError("folder and save_every belong together: give both to keep checkpoints, or neither")
+    if folder is not None:
+        _check_writable(Path(folder))
+    seed_everything(seed)
+    order = training_order([len(example) for example in examples], steps, batch_size * accumulate, group_by_length, seed)
+    settings = {
+        "base": base.name,
+        "trained weights": sum(weight.numel() for weight in base.model.parameters() if weight.requires_grad),
+        "examples": _fingerprint([examples[index] for index in order]),
+        "steps": steps,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "learning_rate": learning_rate,
+        "warmup_steps": warmup_steps,
+        "seed": seed,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=str(folder or scratch),
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulate,
+            learning_rate=learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=warmup_steps,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            bf16=machine.dtype == "bfloat16",
+            fp16=machine.dtype == "float16",
+            use_cpu=machine.device == "cpu",
+            dataloader_pin_memory=machine.device != "cpu",
+            save_strategy="steps" if save_every else "no",
+            save_steps=save_every or steps,
+            logging_steps=1,
+            logging_nan_inf_filter=False,  # the default hides what must stop the run
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            report_to="none",
+            seed=seed,
+        )
+        trainer = _Trainer(
+            model=base.model,
+            args=arguments,
+            train_dataset=[examples[index] for index in order],
+            data_collator=lambda batch: collate(batch, base.tokenizer.pad_token_id),
+            callbacks=[_Progress(), _GradientGuard()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.settings, trainer.say = settings, say
+        checkpoint = newest_checkpoint(Path(folder), settings, trainer.note) if folder is not None else None
+        if checkpoint is not None:
+            trainer.note(f"going on from {checkpoint.name}")
+        with measure(machine.device) as cost, quiet_transformers():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    base.model.eval()
+    resumed_at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    seen = [examples[index] for index in order[resumed_at * batch_size * accumulate :]]
+    return Run(
+        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        seconds=cost.seconds,
+        tokens=sum(map(len, seen)),
+        supervised_tokens=sum(len(example.supervised_ids) for example in seen),
+        peak_bytes=cost.peak_bytes,
+        resumed_at=resumed_at,
+        notes=trainer.notes,
+    )
+
+
+def training_order(lengths: Sequence[int], steps: int, examples_per_step: int, group_by_length: bool, seed: int) -> list[int]:
+    """The index of every example that a run sees, in order: shuffled epochs, one after the other, cut off after the last step.
+
+    Fixed before the run starts, so that a resumed run goes on with the examples that the broken one had not seen.
+
+    >>> training_order([5, 5, 5], steps=2, examples_per_step=2, group_by_length=False, seed=0)
+    [2, 0, 1, 0]
+    """
+    order: list[int] = []
+    while len(order) < steps * examples_per_step:
+        epoch_seed = seed * 10_007 + len(order)
+        if group_by_length:
+            order += length_grouped_order(lengths, examples_per_step, epoch_seed)
+        else:
+            order += random.Random(epoch_seed).sample(range(len(lengths)), len(lengths))
+    return order[: steps * examples_per_step]
+
+
+def newest_checkpoint(folder: Path, settings: dict[str, Any], say: Say) -> Path | None:
+    """The newest whole checkpoint in `folder`, or None; damaged ones are named and passed over.
+
+    Raises TrainingError if it belongs to a run with other settings.
+    """
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in checkpoints:
+        try:
+            saved = sealing.check(checkpoint)
+        except sealing.DamagedError as error:
+            say(f"{error}: passed over")
+            continue
+        differences = [f"{key} {saved.get(key)} there, {value} now" for key, value in settings.items() if saved.get(key) != value]
+        if differences:
+            raise TrainingError(
+                f"{checkpoint} is of another run ({'; '.join(differences)}): use these settings again or another folder"
+            )
+        return checkpoint
+    return None
+
+
+class _Trainer(Trainer):
+    """The Trainer with our loss, our order of examples and sealed checkpoints."""
+
+    settings: dict[str, Any]
+    say: Say
+
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the supervised tokens of a whole step for us
+        self.notes: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+        self.say(line)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        if num_items_in_batch is None:
+            raise TrainingError("the Trainer did not count the supervised tokens: this version of transformers is not supported")
+        loss = supervised_loss(model, inputs, reduction="sum") / num_items_in_batch * self.accelerator.num_processes
+        if not torch.isfinite(loss):
+            raise TrainingError(_advice(f"the loss is {loss.item()}", self.state.global_step + 1, self.args.learning_rate))
+        return loss
+
+    def _get_train_sampler(self, *dataset: Any) -> Sampler:
+        return SequentialSampler(self.train_dataset)
+
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
+        """Let the Trainer write into a partial folder, then seal and rename it. A failure costs this checkpoint, not the run."""
+        folder = self.args.output_dir
+        final = Path(folder) / f"checkpoint-{self.state.global_step}"
+        try:
+            if self.args.should_save:
+                sealing.partial_folder(final)
+            self.accelerator.wait_for_everyone()
+            partial = Path(folder) / f"{sealing.PARTIAL}{final.name}"
+            self.args.output_dir = str(partial)
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                sealing.publish(partial / final.name, final, self.settings)
+                for old in sorted(final.parent.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)[:-CHECKPOINTS_KEPT]:
+                    shutil.rmtree(old)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            bytes_needed = 3 * sum(weight.nbytes for weight in self.model.parameters() if weight.requires_grad)
+            self.note(
+                f"{final.name} was not written ({str(error).splitlines()[0][:80]}): it takes about {bytes_needed / 1e6:.0f} MB, "
+                f"{shutil.disk_usage(final.parent).free / 1e6:.0f} MB are free; training goes on, older checkpoints are whole"
+            )
+        finally:
+            self.args.output_dir = folder
+            shutil.rmtree(final.parent / f"{sealing.PARTIAL}{final.name}", ignore_errors=True)
+
+
+class _Progress(TrainerCallback):
+    """One line: steps, time, the last loss."""
+
+    def on_train_begin(self, arguments: TrainingArguments, state: Any, control: Any, **unused: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", file=sys.stdout)
+
+    def on_log(self, arguments: TrainingArguments, state: Any, control: Any, logs: dict[str, Any], **unused: Any) -> None:
+        if "loss" in logs:
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}", refresh=False)
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, arguments: TrainingArguments, state: Any, control: Any, **unused: Any) -> None:
+        self.bar.close()
+
+
+class _GradientGuard(TrainerCallback):
+    """Stop before a gradient that is not finite reaches the weights. With fp16 the GradScaler skips such steps by itself."""
+
+    def on_pre_optimizer_step(self, arguments: TrainingArguments, state: Any, control: Any, model: nn.Module, **unused: Any) -> None:
+        if arguments.fp16:
+            return
+        norm = nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
+        if not torch.isfinite(norm):
+            raise TrainingError(_advice(f"the gradient norm is {norm.item()}", state.global_step + 1, arguments.learning_rate))
+
+
+def _advice(found: str, step: int, learning_rate: float) -> str:
+    return f"{found} at step {step}: stopped before the weights changed; lower learning_rate (now {learning_rate:g}) or use float32"
+
+
+def _check(model: nn.Module, examples: Sequence[Example], **counts: int) -> None:
+    if not examples:
+        raise TrainingError("there are no examples to train on")
+    for name, value in counts.items():
+        if value < 1:
+            raise TrainingError(f"{name}={value} must be at least 1")
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    if not trained:
+        raise TrainingError("no weight of the model requires a gradient: nothing would be trained")
+    dtypes = {weight.dtype for weight in trained} - {torch.float32}
+    if dtypes:
+        raise TrainingError(f"trained weights are {dtypes.pop()}, expected float32: load the model with dtype=torch.float32")
+    largest = max(max(example.input_ids) for example in examples)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise TrainingError(f"token id {largest} is beyond the model's {rows} embeddings: encode with the model's own tokenizer")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise TrainingError(f"{folder} cannot be written ({error.strerror}): choose another folder for the checkpoints") from None
+
+
+def _fingerprint(examples: Sequence[Example]) -> str:
+    """A short name for this data in this order."""
+    content = json.dumps([[example.input_ids, example.labels] for example in examples])
+    return hashlib.sha256(content.encode()).hexdigest()[:12]

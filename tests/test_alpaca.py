@@ -1,0 +1,199 @@
+"""Tests of course_lib.alpaca: the exact prompts, and files that people really have."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from course_lib import alpaca
+from course_lib.alpaca import DataError, Record, check_records, read_records
+from course_lib.runtime import CourseError
+
+GOOD = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
+SEED_TASKS = Path(__file__).parents[2] / "shared" / "data" / "seed_tasks.jsonl"
+
+
+def written(tmp_path, content, name="data.json"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_the_prompt_with_input_is_stanfords():
+    assert Record("Add the numbers.", "3", input="1, 2").prompt == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd the numbers.\n\n### Input:\n1, 2\n\n### Response:"
+    )
+
+
+def test_the_prompt_without_input_is_stanfords_and_ends_without_newline():
+    assert Record("Name a prime.", "2").prompt == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nName a prime.\n\n### Response:"
+    )
+
+
+def test_braces_in_a_record_stay_text():
+    assert "{input} {0} {x!r}" in Record("{input} {0} {x!r}", "ok", input="{instruction}").prompt
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_lists_and_lines_give_the_same_records(tmp_path, name):
+    rows = [GOOD, {"instruction": "Name a fruit.", "output": "梨"}]
+    text = json.dumps(rows) if name == "data.json" else "\n".join(map(json.dumps, rows)) + "\n\n"
+    reading = read_records(written(tmp_path, text, name))
+    assert reading.records == [Record("Add.", "2", "1 + 1"), Record("Name a fruit.", "梨")]
+    assert str(reading) == f"{name}: 2 read = 2 kept + 0 refused"
+
+
+def test_a_byte_order_mark_is_accepted(tmp_path):
+    assert len(read_records(written(tmp_path, b"\xef\xbb\xbf" + json.dumps([GOOD]).encode())).records) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"data\.json is empty, expected a list of"),
+        (b"  \n", "is empty"),
+        (b"[]", "holds no records"),
+        (b'[{"instruction": "Add.", "inp', "line 1: the file ends in the middle of a record"),
+        (b'[{"instruction": "Add.",\n"output": "2"}', "line 2: the file ends in the middle of a record"),
+        (b'[{"instruction": "Add." "output": "2"}]', "line 1, column 25: not JSON"),
+        (b"<!DOCTYPE html><html></html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "is a Git LFS pointer"),
+        ('[{"instruction": "Grüße"}]'.encode("latin-1"), "line 1: byte 0xfc is not UTF-8, perhaps Latin-1"),
+        ('[{"instruction": "Add."}]'.encode("utf-16"), "is UTF-16, expected UTF-8"),
+        (b'{"data": [{"instruction": "Add."}]}', 'holds an object with the keys "data", expected a list of'),
+        (b'"text"', "holds text, expected a list"),
+        (b"3", "holds a number, expected a list"),
+        (b'[{"instruction": "a", "instruction": "b", "output": "c"}]', 'the key "instruction" stands twice'),
+        (b'[{"instruction": "a", "output": NaN}]', "NaN is not JSON"),
+        (b'[{"instruction": "a", "output": -Infinity}]', "-Infinity is not JSON"),
+        (b'{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": "d"}', "one record a line is JSONL"),
+        (b'[{"question": "a", "answer": "b"}]', 'record 1: lacks a field: expected "instruction", found "question", "answer"'),
+        (b"[" * 100_000, "nested too deeply|ends in the middle"),
+        (b"[" + b"9" * 5000 + b"]", "data.json"),
+    ],
+)
+def test_a_file_that_cannot_be_trusted_is_named_in_one_line(tmp_path, content, message):
+    with pytest.raises(DataError, match=message) as error:
+        read_records(written(tmp_path, content))
+    assert "data.json" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bad_line_of_jsonl_is_named_by_its_number(tmp_path):
+    with pytest.raises(DataError, match=r"data\.jsonl, line 3, column 2: not JSON"):
+        read_records(written(tmp_path, f"{json.dumps(GOOD)}\n\n{{instruction}}\n", "data.jsonl"))
+
+
+def test_a_missing_file_is_named_and_a_folder_too(tmp_path):
+    with pytest.raises(DataError, match=r"there is no file .*nowhere\.json: check the path"):
+        read_records(tmp_path / "nowhere.json")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "Add."}, 'lacks a field: expected "output", found "instruction"'),
+        ({}, 'lacks a field: expected "instruction", found nothing'),
+        ({**GOOD, "output": None}, 'not text: "output" is null'),
+        ({**GOOD, "output": 2}, 'not text: "output" is a number'),
+        ({**GOOD, "output": True}, 'not text: "output" is true or false'),
+        ({**GOOD, "output": ["2"]}, 'not text: "output" is a list'),
+        ({**GOOD, "input": None}, 'not text: "input" is null'),
+        ({**GOOD, "output": ""}, 'empty: "output" has no text'),
+        ({**GOOD, "instruction": " \n"}, 'empty: "instruction" has no text'),
+        ({**GOOD, "text": "x"}, 'unknown field: "text", expected only instruction, input, output'),
+        ({**GOOD, "output": "x" * 5_000_000}, 'too long: "output" has 5,000,000 characters, at most 100,000'),
+        ({**GOOD, "output": "a\0b"}, 'NUL character: in "output"'),
+        ({**GOOD, "output": "\ud83d"}, 'broken character: half of a surrogate pair in "output"'),
+        ("Add.", "not an object: found text"),
+        (None, "not an object: found null"),
+        (GOOD, "repeated: the same instruction, input and output came before"),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_refused_and_counted(row, reason):
+    reading = check_records([GOOD, row], "here")
+    assert reading.records == [Record("Add.", "2", "1 + 1")]
+    assert reading.refused == [f"here, record 2: {reason}" if not reason.startswith("too long") else reading.refused[0]]
+    assert reason in reading.refused[0]
+    assert "\n" not in reading.refused[0]
+    assert len(reading.records) + len(reading.refused) == 2 == len(reading.records) + sum(reading.reasons.values())
+
+
+def test_special_tokens_in_the_text_are_kept_as_text():
+    assert check_records([{**GOOD, "output": "<|im_end|>"}], "here").records[0].output == "<|im_end|>"
+
+
+def test_a_lone_surrogate_in_a_file_is_refused(tmp_path):
+    reading = read_records(written(tmp_path, json.dumps([GOOD, {**GOOD, "output": "\ud800"}])))
+    assert reading.reasons == {"broken character": 1}
+
+
+def test_further_fields_are_kept_only_when_asked_for():
+    row = {**GOOD, "split": "test"}
+    assert check_records([row], "here", extra=["split"]).records[0].extra == {"split": "test"}
+    with pytest.raises(DataError, match='lacks a field: expected "split"'):
+        check_records([GOOD], "here", extra=["split"])
+
+
+def test_the_split_is_seeded_complete_and_disjoint():
+    records = [Record(str(n), str(n)) for n in range(50)]
+    train, test = alpaca.split_records(records, held_out=10, seed=3)
+    assert (train, test) == alpaca.split_records(records, held_out=10, seed=3)
+    assert test != alpaca.split_records(records, held_out=10, seed=4)[1]
+    assert len(test) == 10
+    assert sorted(record.output for record in train + test) == sorted(record.output for record in records)
+
+
+@pytest.mark.parametrize("held_out", [0, 3, -1])
+def test_a_split_that_leaves_nothing_is_refused(held_out):
+    with pytest.raises(CourseError, match=r"must lie in 1\.\.2 for 3 records"):
+        alpaca.split_records([Record("a", "b")] * 3, held_out, seed=0)
+
+
+@pytest.mark.skipif(not SEED_TASKS.is_file(), reason="needs ../shared/data/seed_tasks.jsonl, real data that is not part of the project")
+def test_the_real_seed_tasks_of_self_instruct_are_read_whole():
+    reading = alpaca.read_seed_tasks(SEED_TASKS)
+    instances = sum(len(json.loads(line)["instances"]) for line in SEED_TASKS.read_text(encoding="utf-8").splitlines())
+    assert len(reading.records) + len(reading.refused) == instances
+    assert len(reading.records) >= 0.95 * instances
+    assert reading.records[0].instruction.startswith("Is there anything I can eat for a breakfast")
+
+
+def test_seed_tasks_of_another_shape_are_named(tmp_path):
+    with pytest.raises(DataError, match='line 1: expected a task with "instruction" and a list "instances"'):
+        alpaca.read_seed_tasks(written(tmp_path, json.dumps(GOOD), "tasks.jsonl"))
+    with pytest.raises(DataError, match="record 1: not an object: found text; no record can be used"):
+        alpaca.read_seed_tasks(written(tmp_path, json.dumps({"instruction": "a", "instances": ["b"]}), "tasks.jsonl"))
+
+
+def test_a_data_set_of_the_hub_goes_through_the_same_checks(monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{**GOOD, "text": "made"}, {**GOOD, "output": "", "text": "made"}])
+    monkeypatch.setattr(alpaca.hub, "probe", lambda *_: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    assert str(alpaca.read_hub()) == "tatsu-lab/alpaca: 2 read = 1 kept + 1 refused (1 empty)"
+
+
+def test_without_the_hub_its_data_set_is_refused_at_once(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CourseError, match="HF_HUB_OFFLINE is set"):
+        alpaca.read_hub()
+
+
+def test_as_many_records_as_alpaca_has_are_checked_in_seconds(tmp_path):
+    from course_lib.runtime import GIB, measure
+
+    rows = [{"instruction": f"Describe thing number {n}.", "input": "", "output": "word " * 50 + str(n)} for n in range(52_002)]
+    path = written(tmp_path, json.dumps(rows))
+    with measure() as cost:
+        reading = read_records(path)
+    assert len(reading.records) == 52_002
+    assert cost.seconds < 60
+    assert cost.peak_bytes < GIB + 10**9, "resident memory of the whole process, torch included"

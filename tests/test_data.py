@@ -1,0 +1,241 @@
+"""Checks of data/structured_answers.json and of the retention candidates; only the standard library is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from types import ModuleType
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+FILE = DATA / "structured_answers.json"
+RECIPE = DATA / "recipes" / "make_structured_answers.py"
+CANDIDATES = DATA / "recipes" / "retention_candidates.json"
+
+FIELDS = ["instruction", "input", "output", "split", "topic", "entity", "phrasing"]
+TOPICS = ["capital", "continent", "opposite", "plural", "past", "animal", "sum", "color", "calendar", "element"]
+PROPER = {"capital", "continent", "calendar", "element"}  # topics whose answers begin with a capital letter
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+MONTHS = ["January", "February", "March", "April", "May", "June",
+          "July", "August", "September", "October", "November", "December"]
+
+Record = dict[str, str]
+RECORDS: list[Record] = json.loads(FILE.read_text(encoding="utf-8"))
+
+
+def answer_of(record: Record) -> str:
+    """Return the answer inside the record's output."""
+    return json.loads(record["output"])["answer"]
+
+
+def question_of(record: Record) -> str:
+    """Return instruction and input as one string."""
+    return f"{record['instruction']}\n{record['input']}".strip()
+
+
+def of_topic(topic: str) -> list[Record]:
+    """Return the records of one topic."""
+    return [record for record in RECORDS if record["topic"] == topic]
+
+
+def tokens(record: Record) -> tuple[str, ...]:
+    """Return the words of the question, in lower case, with the entity (also "7 plus 5") replaced by X."""
+    text, entity = question_of(record), record["entity"]
+    for shape in (entity, entity.replace("+", "plus").replace("-", "minus")):
+        text = re.sub(rf"(?<!\w){re.escape(shape)}(?!\w)", "X", text)
+    return tuple(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def rouge_l(a: tuple[str, ...], b: tuple[str, ...]) -> float:
+    """Return the ROUGE-L F1 of two token sequences: 2 * longest common subsequence / total length."""
+    row = [0] * (len(b) + 1)
+    for token in a:
+        previous = row
+        row = [0]
+        for index, other in enumerate(b):
+            row.append(previous[index] + 1 if token == other else max(row[index], previous[index + 1]))
+    return 2 * row[-1] / (len(a) + len(b))
+
+
+def in_two_splits(key_of: Callable[[Record], object], records: list[Record]) -> list[object]:
+    """Return the keys that occur in more than one split."""
+    splits = defaultdict(set)
+    for record in records:
+        splits[key_of(record)].add(record["split"])
+    return [key for key, found in splits.items() if len(found) > 1]
+
+
+def load_recipe() -> ModuleType:
+    """Import the recipe script by its path."""
+    spec = importlib.util.spec_from_file_location("make_structured_answers", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_file_is_exactly_what_the_recipe_writes():
+    assert FILE.read_bytes() == load_recipe().render().encode("utf-8")
+
+
+def test_every_line_holds_one_record():
+    lines = FILE.read_text(encoding="utf-8").split("\n")
+    assert (lines[0], lines[-2:]) == ("[", ["]", ""])
+    assert [json.loads(line.strip().rstrip(",")) for line in lines[1:-2]] == RECORDS
+
+
+def test_every_record_has_the_seven_text_fields_in_order():
+    for record in RECORDS:
+        assert list(record) == FIELDS, record
+        assert all(isinstance(value, str) for value in record.values()), record
+        assert all(record[field] for field in FIELDS if field != "input"), record
+
+
+def test_every_output_is_plain_json_with_an_answer_and_the_topic():
+    for record in RECORDS:
+        output = json.loads(record["output"])
+        assert list(output) == ["answer", "topic"], record
+        assert output["topic"] == record["topic"], record
+        assert record["output"] == json.dumps(output, ensure_ascii=False), record
+
+
+def test_text_is_clean_and_composed_unicode():
+    for record in RECORDS:
+        for value in record.values():
+            assert value == " ".join(value.split()), record
+            assert value == unicodedata.normalize("NFC", value), record
+            assert all(unicodedata.category(char)[0] != "C" for char in value), record
+
+
+def test_splits_are_large_enough_and_topics_are_balanced():
+    splits = Counter(record["split"] for record in RECORDS)
+    topics = Counter(record["topic"] for record in RECORDS)
+    assert list(topics) == TOPICS
+    assert all(64 <= size <= 72 for size in topics.values()), topics
+    for split, least in {"train": 420, "validation": 110, "test": 110}.items():
+        assert splits[split] >= least, splits
+        sizes = Counter(record["topic"] for record in RECORDS if record["split"] == split)
+        assert set(sizes) == set(TOPICS), (split, sizes)
+        assert max(sizes.values()) - min(sizes.values()) <= 8, (split, sizes)
+    assert splits.total() == len(RECORDS) == splits["train"] + splits["validation"] + splits["test"]
+
+
+def test_about_a_quarter_of_the_records_use_the_input_field():
+    share = sum(bool(record["input"]) for record in RECORDS) / len(RECORDS)
+    assert 0.2 <= share <= 0.33, share
+    assert all(record["input"] in ("", record["entity"]) for record in RECORDS)
+
+
+def test_every_topic_has_many_entities_and_phrasings():
+    for topic in TOPICS:
+        records = of_topic(topic)
+        assert len({record["entity"] for record in records}) >= 30, topic
+        assert len({record["phrasing"] for record in records}) >= 8, topic
+
+
+def test_an_entity_has_one_answer_and_at_most_two_phrasings():
+    answers, phrasings = defaultdict(set), defaultdict(list)
+    for record in RECORDS:
+        key = record["topic"], record["entity"]
+        answers[key].add(answer_of(record))
+        phrasings[key].append(record["phrasing"])
+    assert not [key for key, found in answers.items() if len(found) > 1]
+    assert not [key for key, used in phrasings.items() if len(used) > 2 or len(set(used)) < len(used)]
+
+
+def test_entities_and_phrasings_of_a_topic_stay_in_one_split():
+    assert not in_two_splits(lambda record: (record["topic"], record["entity"]), RECORDS)
+    assert not in_two_splits(lambda record: record["phrasing"], RECORDS)
+    assert all(record["phrasing"].startswith(record["topic"] + "-") for record in RECORDS)
+
+
+def test_a_sum_stays_in_one_split_whatever_its_order():
+    assert not in_two_splits(lambda record: tuple(sorted(record["entity"].split())), of_topic("sum"))
+
+
+def test_a_pair_of_opposites_stays_in_one_split_in_both_directions():
+    assert not in_two_splits(lambda record: frozenset([record["entity"], answer_of(record)]), of_topic("opposite"))
+
+
+def test_a_country_is_in_the_same_split_for_capital_and_continent():
+    assert not in_two_splits(lambda record: record["entity"], of_topic("capital") + of_topic("continent"))
+
+
+def test_no_question_occurs_twice():
+    counts = Counter(question_of(record).lower() for record in RECORDS)
+    assert not [question for question, count in counts.items() if count > 1]
+
+
+def test_phrasings_of_different_splits_are_clearly_different():
+    violations = []
+    for topic in TOPICS:
+        wordings = {(record["split"], tokens(record)) for record in of_topic(topic)}
+        for (split, words), (other_split, other) in combinations(sorted(wordings), 2):
+            if split != other_split and (score := rouge_l(words, other)) >= 0.8:
+                violations.append(f"{topic} {score:.2f}: {split} {' '.join(words)} | {other_split} {' '.join(other)}")
+    assert not violations, "\n".join(violations)
+
+
+def test_the_topic_can_be_told_from_the_question():
+    topics = defaultdict(set)
+    for record in RECORDS:
+        topics[question_of(record).lower()].add(record["topic"])
+        if record["input"]:
+            topics[record["instruction"].lower()].add(record["topic"])
+    assert not [question for question, found in topics.items() if len(found) > 1]
+
+
+def test_articles_fit_the_next_word():
+    for record in RECORDS:
+        question = question_of(record)
+        assert not re.search(r"\ba [aeio]|\ban [^aeiou]", question, re.IGNORECASE), question
+
+
+def test_arithmetic_is_right():
+    for record in of_topic("sum"):
+        left, sign, right = re.fullmatch(r"(\d+) ([+-]) (\d+)", record["entity"]).groups()
+        assert int(answer_of(record)) == int(left) + int(sign + right), record
+        assert 0 < int(answer_of(record)) <= 20, record
+
+
+def test_calendar_answers_are_right():
+    pattern = re.compile(r"the (day|month) (two (?:day|month)s )?(after|before) (\w+)")
+    for record in of_topic("calendar"):
+        unit, two, direction, start = pattern.fullmatch(record["entity"]).groups()
+        names = DAYS if unit == "day" else MONTHS
+        step = (2 if two else 1) * (1 if direction == "after" else -1)
+        assert answer_of(record) == names[(names.index(start) + step) % len(names)], record
+
+
+def test_answers_are_normalised():
+    for record in RECORDS:
+        answer, topic = answer_of(record), record["topic"]
+        assert 1 <= len(answer.split()) <= 3, record
+        assert not re.match(r"(?i)(a|an|the) ", answer), record
+        pattern = r"\d+" if topic == "sum" else r"[A-Z][A-Za-z]*( [A-Z][a-z]+)*" if topic in PROPER else r"[a-z]+"
+        assert re.fullmatch(pattern, answer), record
+
+
+def test_retention_candidates_are_plain_questions_with_short_lower_case_answers():
+    candidates = json.loads(CANDIDATES.read_text(encoding="utf-8"))
+    assert len({candidate["question"].lower() for candidate in candidates}) == len(candidates)
+    for candidate in candidates:
+        assert list(candidate) == ["question", "answers", "field"], candidate
+        assert re.fullmatch(r"[A-Z].*\?", candidate["question"]), candidate
+        assert 1 <= len(set(candidate["answers"])) == len(candidate["answers"]), candidate
+        for answer in candidate["answers"]:
+            assert re.fullmatch(r"\S.*\S", answer), candidate
+            assert answer == answer.lower(), candidate
+            assert not re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", candidate["question"].lower()), candidate
+
+
+def test_retention_candidates_do_not_repeat_the_course_questions():
+    candidates = json.loads(CANDIDATES.read_text(encoding="utf-8"))
+    words = r"(?i)\b(capital|continent|opposite|antonym|plural|past tense|colou?r|mammal|reptile|amphibian|symbol)s?\b"
+    assert not [candidate for candidate in candidates if re.search(words, candidate["question"])]
+    questions = {question_of(record).lower() for record in RECORDS}
+    assert not [candidate for candidate in candidates if candidate["question"].lower() in questions]

@@ -1,0 +1,136 @@
+"""Tests of course_lib.evaluation."""
+
+import json
+
+import pytest
+import torch
+
+from course_lib import evaluation
+from course_lib.alpaca import DataError, Record
+from course_lib.batching import encode, encode_text
+from course_lib.evaluation import Question, contains, judge, normalise
+from course_lib.runtime import CourseError
+
+RIGHT = Record("Capital of France?", '{"answer": "Paris", "topic": "capital"}')
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (RIGHT.output, (True, True, True)),
+        ('{"topic": "CAPITAL ", "answer": " paris"}', (True, True, True)),
+        ('{"answer": "Lyon", "topic": "capital"}', (True, True, False)),
+        ('{"answer": "Paris", "topic": "plural"}', (True, False, True)),
+        ("Paris", (False, False, False)),
+        ("", (False, False, False)),
+        ('{"answer": "Paris", "topic": "capital"} Paris is', (False, False, False)),
+        ('{"answer": "Paris", "topic": "capital"', (False, False, False)),
+        ('{"answer": "Paris"}', (False, False, False)),
+        ('{"answer": "Paris", "topic": "capital", "sure": "yes"}', (False, False, False)),
+        ('{"answer": ["Paris"], "topic": "capital"}', (False, False, False)),
+        ('["answer", "topic"]', (False, False, False)),
+        ("[" * 10_000, (False, False, False)),
+    ],
+)
+def test_each_part_of_an_answer_is_judged_by_itself(reply, expected):
+    answer = judge(RIGHT, reply)
+    assert (answer.valid_json, answer.right_topic, answer.right_answer) == expected
+
+
+def test_normalising_keeps_only_what_matters():
+    assert normalise(" Costa\n RICA ") == normalise("costa rica")
+    assert normalise("30") != normalise("3 0")
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "expected"),
+    [
+        ("It is the Sun.", "sun", True),
+        ("On Sunday.", "sun", False),
+        ("About 3.14, I think", "3.14", True),
+        ("**X-ray**", "x-ray", True),
+        ("New\nYork City", "new york", True),
+        ("", "sun", False),
+    ],
+)
+def test_an_answer_is_found_as_whole_words(reply, answer, expected):
+    assert contains(reply, answer) is expected
+
+
+def test_the_perfect_model_scores_full_and_the_mute_one_nothing(tiny, monkeypatch):
+    records = evaluation.read_task("test")[:10]
+    by_prompt = {tuple(evaluation.encode_prompt(record, tiny.tokenizer)): record.output for record in records}
+    monkeypatch.setattr(evaluation, "generate", lambda base, prompts, *_: [by_prompt[tuple(prompt)] for prompt in prompts])
+    score = evaluation.evaluate(tiny, records)
+    assert [score.rate(name) for name in ("valid_json", "right_topic", "right_answer")] == [1, 1, 1]
+    assert "right answer 100 ± 0 %" in str(score)
+    monkeypatch.setattr(evaluation, "generate", lambda base, prompts, *_: [""] * len(prompts))
+    assert evaluation.evaluate(tiny, records).rate("valid_json") == 0
+
+
+def test_retention_counts_json_wrapped_replies_apart(tiny, monkeypatch):
+    questions = [Question("Who?", ("ada",)), Question("What?", ("ice",)), Question("Where?", ("rome",))]
+    monkeypatch.setattr(evaluation, "generate", lambda *_: ["It was Ada.", '{"answer": "ice"}', "No idea."])
+    score = evaluation.evaluate_retention(tiny, questions)
+    assert (score.kept, score.wrapped) == ([True, False, False], [False, True, False])
+    assert score.rate == score.wrapped_rate == pytest.approx(1 / 3)
+
+
+def test_batched_replies_equal_single_ones_in_the_callers_order(smollm2):
+    prompts = [evaluation.chat_prompt(smollm2, question) for question in ("Name the Red Planet.", "Hi", "What is 2 plus 2? " * 5)]
+    single = [evaluation.generate(smollm2, [prompt], 8)[0] for prompt in prompts]
+    assert evaluation.generate(smollm2, prompts, 8, batch_size=2) == single
+
+
+def test_response_loss_is_the_mean_over_answer_tokens_whatever_the_batches(tiny, records):
+    losses = []
+    for record in records:
+        example = encode(record, tiny.tokenizer)
+        log_p = tiny.model(torch.tensor([example.input_ids])).logits[0].log_softmax(-1)
+        start = len(example) - len(example.supervised_ids)
+        losses += [-log_p[t - 1, example.input_ids[t]].item() for t in range(start, len(example))]
+    for batch_size in (1, 3, 64):
+        assert evaluation.response_loss(tiny, records, batch_size) == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+def test_evaluating_changes_no_weight_and_no_generator(tiny, records):
+    before = [weight.clone() for weight in tiny.model.parameters()]
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    evaluation.evaluate(tiny, evaluation.read_task("validation")[:3])
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(one, other) for one, other in zip(before, tiny.model.parameters(), strict=True))
+
+
+def test_the_longest_answer_fits_into_the_tokens_allowed(smollm2):
+    records = [record for split in ("train", "validation", "test") for record in evaluation.read_task(split)]
+    assert max(len(encode_text(record.output, smollm2.tokenizer)) + 1 for record in records) <= evaluation.ANSWER_TOKENS
+
+
+def test_the_untouched_model_never_answers_in_json_but_knows_the_retention_answers(smollm2):
+    assert evaluation.evaluate(smollm2, evaluation.read_task("test")[:16]).rate("valid_json") == 0
+    assert evaluation.evaluate_retention(smollm2, evaluation.read_retention()[:16]).rate >= 15 / 16
+
+
+def test_an_unknown_split_and_empty_questions_are_refused(tiny):
+    with pytest.raises(CourseError, match="'dev' is not known, expected train, validation or test"):
+        evaluation.read_task("dev")
+    with pytest.raises(CourseError, match="no questions"):
+        evaluation.evaluate(tiny, [])
+    with pytest.raises(CourseError, match="no questions"):
+        evaluation.evaluate_retention(tiny, [])
+
+
+def test_a_model_without_a_chat_template_has_no_retention(tiny):
+    tiny.tokenizer.chat_template = None
+    with pytest.raises(CourseError, match="tiny has no chat template"):
+        evaluation.evaluate_retention(tiny, [Question("Who?", ("ada",))])
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", json.dumps([{"question": "Who?"}])])
+def test_a_damaged_retention_file_is_named(tmp_path, content):
+    path = tmp_path / "retention.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"retention\.json is not a list of"):
+        evaluation.read_retention(path)

@@ -1,0 +1,162 @@
+"""Tests of course_lib.notebooks and of the notebooks' form; nbval checks what they print."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from course_lib import notebooks
+from course_lib.runtime import CourseError
+
+ROOT = Path(__file__).parents[1]
+DAYS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def write(folder, *sources, name="day1_trial.ipynb", tags=()):
+    notebook = new_notebook(cells=[new_code_cell(source) for source in sources])
+    notebook.cells[-1].metadata.tags = list(tags)
+    nbformat.write(notebook, folder / name)
+    return folder / name
+
+
+def test_a_notebook_is_executed_measured_and_its_headline_found(tmp_path):
+    path = write(tmp_path, "x = 2", "print(f'two and two is {x + x}')", tags=["headline"])
+    execution = notebooks.execute(path)
+    assert execution.failure == ""
+    assert execution.headline == "two and two is 4"
+    assert execution.peak_bytes > 10 * 2**20
+    assert [cell.execution_count for cell in execution.notebook.cells] == [1, 2]
+
+
+def test_a_failing_cell_is_named_and_ends_the_notebook(tmp_path):
+    execution = notebooks.execute(write(tmp_path, "x = 1", "x / 0", "print('never')"))
+    assert execution.failure == "cell 2/3: ZeroDivisionError: division by zero"
+    assert execution.notebook.cells[2].outputs == []
+
+
+def test_a_course_error_in_a_cell_is_shown_without_traceback(tmp_path):
+    path = write(tmp_path, "from course_lib.runtime import CourseError\nraise CourseError('found 3, expected 4: add one')")
+    execution = notebooks.execute(path)
+    assert execution.failure == "cell 1/1: CourseError: found 3, expected 4: add one"
+    assert execution.notebook.cells[0].outputs[0].traceback == ["CourseError: found 3, expected 4: add one"]
+
+
+def test_a_kernel_that_dies_is_reported(tmp_path):
+    execution = notebooks.execute(write(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"))
+    assert execution.failure.startswith("cell 1/1: ")
+    assert "died" in execution.failure.lower()
+
+
+def test_tidying_keeps_the_last_state_of_a_progress_bar():
+    bar = new_output("stream", text="\r  0%|  |\r 50%|# |\r100%|##| 2/2\ndone\n", name="stdout")
+    notebook = new_notebook(cells=[new_code_cell("1", outputs=[bar])], metadata={"widgets": {"id": "random"}})
+    notebook.cells[0].metadata["execution"] = {"iopub.status.busy": "2026-01-01"}
+    notebooks.tidy(notebook)
+    assert notebook.cells[0].outputs[0].text == "100%|##| 2/2\ndone\n"
+    assert notebook.cells[0].metadata == {}
+    assert "widgets" not in notebook.metadata
+
+
+def test_the_page_lists_the_week_and_asks_nothing_from_the_network(tmp_path):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    (slides / "day1_trial.pdf").write_bytes(b"%PDF")
+    execution = notebooks.execute(write(tmp_path, "print('JSON & <b>')", tags=["headline"]))
+    index = notebooks.write_page([execution], tmp_path / "out", slides)
+    page, day = index.read_text(encoding="utf-8"), (index.parent / "day1_trial.html").read_text(encoding="utf-8")
+    assert page.count("<tr") == 8
+    assert "JSON &amp; &lt;b&gt;" in page
+    assert 'href="day1_trial.pdf"' in page
+    assert (index.parent / "day1_trial.pdf").is_file()
+    assert page.count("not run") == 6
+    for html in (page, day):
+        assert not re.findall(r'(?:src|href)="(?:https?:)?//', html)
+
+
+def test_a_failure_stands_on_the_page(tmp_path):
+    execution = notebooks.execute(write(tmp_path, "1 / 0"))
+    index = notebooks.write_page([execution], tmp_path / "out", tmp_path / "slides")
+    assert "cell 1/1: ZeroDivisionError" in index.read_text(encoding="utf-8")
+
+
+def test_a_missing_day_is_named(tmp_path):
+    with pytest.raises(CourseError, match="no notebook of day 3"):
+        notebooks.find_notebooks(tmp_path, 3)
+    with pytest.raises(CourseError, match="run this in a checkout"):
+        notebooks.find_notebooks(tmp_path)
+
+
+def test_stamping_writes_the_address_everywhere_and_once(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "pyproject.toml").write_text('[project.urls]\nRepository = "https://github.com/new/home"\n')
+    (tmp_path / "README.md").write_text("https://colab.research.google.com/github/old/place/blob/main/notebooks/day1.ipynb")
+    write(tmp_path / "notebooks", 'REPO, REF = "old/place", "main"')
+    assert len(notebooks.stamp(tmp_path)) == 2
+    assert "github/new/home/blob/main" in (tmp_path / "README.md").read_text()
+    assert 'REPO, REF = "new/home", "main"' in nbformat.read(tmp_path / "notebooks" / "day1_trial.ipynb", 4).cells[0].source
+    assert notebooks.stamp(tmp_path) == []
+
+
+def test_the_committed_address_is_that_of_pyproject(tmp_path):
+    import shutil
+
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    assert notebooks.stamp(tmp_path) == [], "run `make stamp`"
+
+
+@pytest.fixture(params=DAYS, ids=lambda path: path.stem)
+def day(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def test_a_day_is_named_after_its_subject(day, request):
+    path = request.node.callspec.params["day"]
+    number = int(path.stem[3])
+    assert path.stem == f"day{number}_{notebooks.WEEK[number][0]}"
+
+
+def test_a_day_was_executed_top_to_bottom_without_errors(day):
+    nbformat.validate(day)
+    code = [cell for cell in day.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
+
+
+def test_a_days_outputs_are_tidy_and_name_no_machine(day):
+    text = json.dumps(day)
+    assert "/root/" not in text
+    assert not re.search(r"/(home|Users|tmp)/\w", text)
+    assert not re.search(r"hf_[A-Za-z0-9]{20,}", text)
+    for cell in day.cells:
+        for output in cell.get("outputs", []):
+            assert "\r" not in output.get("text", "")
+            assert output.get("name") != "stderr", output.get("text")
+
+
+def test_a_day_reads_as_a_lesson(day):
+    kinds = [cell.cell_type for cell in day.cells]
+    assert kinds[0] == "markdown"
+    assert day.cells[0].source.startswith("# Day ")
+    assert "colab.research.google.com" in day.cells[0].source
+    assert not any(kinds[i : i + 4] == ["code"] * 4 for i in range(len(kinds))), "more than three code cells in a row"
+    for cell in day.cells:
+        if cell.cell_type == "code":
+            assert len(cell.source.splitlines()) <= 20, cell.source
+            assert not [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.ClassDef)], "classes belong in course_lib"
+        else:
+            assert len(cell.source) > 20
+
+
+def test_a_day_has_a_headline_and_runs_in_colab(day):
+    assert sum("headline" in cell.metadata.get("tags", []) for cell in day.cells) == 1
+    assert day.metadata["accelerator"] == "GPU"
+    assert day.metadata["colab"]["gpuType"] == "T4"
+    install = [cell.source for cell in day.cells if "pip" in cell.source and cell.cell_type == "code"]
+    assert len(install) == 1
+    assert '"--no-deps"' in install[0]

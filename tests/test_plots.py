@@ -1,0 +1,43 @@
+"""Tests of course_lib.plots: what is drawn is what was given."""
+
+import matplotlib
+import pytest
+
+matplotlib.use("agg")
+
+from course_lib import plots
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    matplotlib.pyplot.close("all")
+
+
+def test_the_loss_curve_holds_every_step_and_its_mean():
+    axes = plots.plot_loss([4.0, 2.0, 3.0], "It falls", smooth=2)
+    each, mean = (line.get_ydata().tolist() for line in axes.lines)
+    assert each == [4, 2, 3]
+    assert mean == [4, 3, 2.5]
+    assert axes.get_title() == "It falls"
+    assert "nats" in axes.get_ylabel()
+
+
+def test_one_panel_for_each_model():
+    axes = plots.plot_next_tokens({"count": {" sky": 0.5, " sea": 0.25}, "model": {" blue": 0.9}}, "Both guess")
+    panels = axes.figure.axes
+    assert [panel.get_title() for panel in panels] == ["count", "model"]
+    assert [bar.get_width() for bar in panels[0].patches] == [0.5, 0.25]
+
+
+def test_shares_are_drawn_in_percent_side_by_side():
+    axes = plots.plot_shares({"valid JSON": {"before": 0.0, "after": 0.9}, "topic": {"before": 0.1, "after": 0.8}}, "It learned")
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([0, 10, 90, 80])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["before", "after"]
+
+
+def test_bills_stack_their_parts():
+    axes = plots.plot_bills({"fp32": {"weights": 4, "moments": 8}, "bf16": {"weights": 2, "moments": 8}}, "The bill")
+    assert [bar.get_width() for bar in axes.patches] == [4, 2, 8, 8]
+    assert [bar.get_x() for bar in axes.patches] == [0, 0, 4, 2]
+    assert axes.texts[0].get_text().strip() == "12.0"

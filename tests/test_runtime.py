@@ -1,0 +1,109 @@
+"""Tests of course_lib.runtime."""
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from course_lib import runtime
+from course_lib.runtime import GIB, CourseError, Gpu, decide
+
+
+def machine_with(capability=None, override=None):
+    gpu = Gpu("Fake", capability, 15 * GIB) if capability else None
+    return decide(gpu, override, cores=2, memory_bytes=8 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("capability", "device", "dtype"),
+    [
+        (None, "cpu", "float32"),
+        ((6, 0), "cuda", "float16"),
+        ((7, 0), "cuda", "float16"),
+        ((7, 5), "cuda", "float16"),
+        ((8, 0), "cuda", "bfloat16"),
+        ((8, 9), "cuda", "bfloat16"),
+        ((9, 0), "cuda", "bfloat16"),
+        ((12, 0), "cuda", "bfloat16"),
+    ],
+)
+def test_dtype_follows_from_capability(capability, device, dtype):
+    machine = machine_with(capability)
+    assert (machine.device, machine.dtype) == (device, dtype)
+    assert machine.torch_dtype == getattr(torch, dtype)
+
+
+def test_detect_does_not_believe_a_t4_that_claims_bf16(monkeypatch):
+    properties = type("Properties", (), {"name": "Tesla T4", "major": 7, "minor": 5, "total_memory": 15 * GIB})
+    monkeypatch.delenv("COURSE_DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert runtime.detect().dtype == "float16"
+
+
+def test_override_wins_and_says_so():
+    assert machine_with((7, 5), "cpu").device == "cpu"
+    assert "COURSE_DEVICE=cpu" in machine_with((7, 5), "cpu").reason
+
+
+def test_asking_for_an_absent_gpu_falls_back_in_one_line():
+    machine = machine_with(None, "cuda")
+    assert machine.device == "cpu"
+    assert "COURSE_DEVICE=cuda" in str(machine)
+    assert "\n" not in str(machine)
+
+
+def test_an_unknown_override_is_refused_with_the_choices():
+    with pytest.raises(CourseError, match="COURSE_DEVICE='gpu' is not known, expected cpu or cuda"):
+        machine_with(None, "gpu")
+
+
+def test_choose_picks_by_device():
+    assert machine_with().choose(cpu=1, gpu=2) == 1
+    assert machine_with((7, 5)).choose(cpu=1, gpu=2) == 2
+
+
+def test_seeding_repeats_python_and_torch():
+    draws = []
+    for _ in range(2):
+        runtime.seed_everything(3)
+        draws.append((random.random(), torch.rand(1).item()))
+    assert draws[0] == draws[1]
+
+
+def test_measure_sees_a_block_of_memory_while_it_lives():
+    with runtime.measure() as before:
+        pass
+    with runtime.measure() as cost:
+        block = torch.ones(50 * 2**20)  # 200 MiB
+        del block
+    assert cost.peak_bytes - before.peak_bytes > 150 * 2**20
+    assert cost.seconds > 0
+
+
+def test_measure_reports_a_block_that_failed():
+    with pytest.raises(KeyError), runtime.measure() as cost:
+        raise KeyError
+    assert cost.seconds > 0
+
+
+def test_a_course_error_in_a_notebook_is_one_line():
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell()
+    shell.run_cell("from course_lib.runtime import CourseError")
+    error = shell.run_cell("raise CourseError('found 3, expected 4: add one')").error_in_exec
+    assert error._render_traceback_() == ["CourseError: found 3, expected 4: add one"]
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import course_lib, sys; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def test_the_data_folder_is_found():
+    assert (runtime.data_folder() / "structured_answers.json").is_file()

@@ -1,0 +1,79 @@
+"""Tests of course_lib.sealing."""
+
+import json
+
+import pytest
+
+from course_lib import sealing
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    final = tmp_path / "model"
+    partial = sealing.partial_folder(final)
+    (partial / "weights.bin").write_bytes(b"0123456789")
+    (partial / "sub").mkdir()
+    (partial / "sub" / "config.json").write_text("{}")
+    sealing.publish(partial, final, {"source": "here"})
+    return final
+
+
+def test_what_was_published_is_whole_and_keeps_its_facts(sealed):
+    assert sealing.check(sealed) == {"source": "here"}
+    assert not list(sealed.parent.glob(f"{sealing.PARTIAL}*"))
+
+
+def truncate(folder):
+    (folder / "weights.bin").write_bytes(b"01234")
+
+
+def flip_a_bit(folder):
+    (folder / "weights.bin").write_bytes(b"0123456788")
+
+
+def empty(folder):
+    (folder / "weights.bin").write_bytes(b"")
+
+
+def remove(folder):
+    (folder / "sub" / "config.json").unlink()
+
+
+def add(folder):
+    (folder / "pickle.bin").write_bytes(b"x")
+
+
+def unseal(folder):
+    (folder / sealing.SEAL).unlink()
+
+
+def break_the_seal(folder):
+    (folder / sealing.SEAL).write_text("{")
+
+
+def replace_the_seal(folder):
+    (folder / sealing.SEAL).write_text(json.dumps([1]))
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_a_bit, empty, remove, add, unseal, break_the_seal, replace_the_seal], ids=lambda damage: damage.__name__
+)
+def test_every_damage_is_named(sealed, damage):
+    damage(sealed)
+    with pytest.raises(sealing.DamagedError, match="model"):
+        sealing.check(sealed)
+
+
+def test_a_half_written_folder_is_not_there(tmp_path):
+    partial = sealing.partial_folder(tmp_path / "model")
+    (partial / "weights.bin").write_bytes(b"half")
+    assert not (tmp_path / "model").exists()
+    assert not list(sealing.partial_folder(tmp_path / "model").iterdir()), "the next attempt starts from an empty folder"
+
+
+def test_publishing_replaces_what_was_there(sealed):
+    partial = sealing.partial_folder(sealed)
+    (partial / "weights.bin").write_bytes(b"new")
+    sealing.publish(partial, sealed, {})
+    assert (sealed / "weights.bin").read_bytes() == b"new"
+    assert sealing.check(sealed) == {}

@@ -1,0 +1,324 @@
+"""Tests of course_lib.training: the library's loss, whole checkpoints, and stops with advice."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from course_lib import models, training
+from course_lib.alpaca import Record
+from course_lib.batching import IGNORED, Example, collate, encode, encode_records
+from course_lib.evaluation import generate
+from course_lib.runtime import GIB, Gpu, decide
+from course_lib.training import TrainingError, finetune, supervised_loss
+
+QUIET = lambda line: None  # noqa: E731
+RECORDS = [Record(f"Say the number {n}.", f"It is {n * 7}.") for n in range(20)]
+
+
+def fresh_tiny():
+    return models.Loaded(*models.random_tiny(), "tiny", "made for this test")
+
+
+def train(machine, base=None, **options):
+    base = base or fresh_tiny()
+    examples = encode_records(RECORDS, base.tokenizer, max_tokens=1000).examples
+    options = {"steps": 6, "batch_size": 4, "learning_rate": 1e-3, "say": QUIET, **options}
+    return base, finetune(base, examples, machine, **options)
+
+
+def same_weights(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+
+
+def library_loss_and_gradients(base, batch):
+    base.model.zero_grad()
+    loss = base.model(**batch).loss
+    loss.backward()
+    return loss.detach(), [weight.grad.clone() for weight in base.model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2"])
+def test_loss_and_gradients_equal_the_librarys(request, name, records):
+    base = request.getfixturevalue(name)
+    batch = collate([encode(record, base.tokenizer) for record in records], base.tokenizer.pad_token_id)
+    expected_loss, expected_gradients = library_loss_and_gradients(base, batch)
+    base.model.zero_grad()
+    loss = supervised_loss(base.model, batch)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected_loss, atol=1e-6, rtol=0)
+    scale = max(gradient.abs().max() for gradient in expected_gradients)
+    for weight, expected in zip(base.model.parameters(), expected_gradients, strict=True):
+        torch.testing.assert_close(weight.grad / scale, expected / scale, atol=1e-6, rtol=0)
+    base.model.zero_grad()
+
+
+def test_loss_equals_cross_entropy_written_out(tiny):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 259, (3, 17), generator=generator)
+    labels = torch.where(torch.rand(3, 17, generator=generator) < 0.5, ids, IGNORED)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    log_p = tiny.model(input_ids=ids).logits.log_softmax(-1)
+    terms = [-log_p[n, t - 1, labels[n, t]] for n in range(3) for t in range(1, 17) if labels[n, t] != IGNORED]
+    torch.testing.assert_close(supervised_loss(tiny.model, batch), torch.stack(terms).mean())
+    torch.testing.assert_close(supervised_loss(tiny.model, batch, reduction="sum"), torch.stack(terms).sum())
+
+
+def test_the_loss_leaves_no_hook_behind(tiny, records):
+    batch = collate([encode(records[0], tiny.tokenizer)], tiny.tokenizer.pad_token_id)
+    supervised_loss(tiny.model, batch)
+    assert tiny.model(input_ids=batch["input_ids"]).logits.shape == (*batch["input_ids"].shape, 259)
+
+
+def test_a_batch_without_supervised_tokens_is_refused(tiny):
+    batch = collate([Example([5, 6, 7], [IGNORED] * 3)], pad_id=2)
+    with pytest.raises(TrainingError, match="no supervised token"):
+        supervised_loss(tiny.model, batch)
+
+
+def test_a_batch_overfits_and_is_reproduced(machine, tiny):
+    record = Record("Say it.", 'Stone, "paper", scissors!')
+    run = finetune(tiny, [encode(record, tiny.tokenizer)] * 4, machine, steps=80, batch_size=4, learning_rate=1e-2, say=QUIET)
+    assert run.losses[-1] < 0.1 < run.losses[0]
+    prompt = encode(record, tiny.tokenizer).input_ids[: -len(record.output) - 1]
+    assert generate(tiny, [prompt], 60) == [record.output]
+
+
+def test_accumulation_takes_the_same_step_as_a_large_batch(machine):
+    large, run_large = train(machine, steps=2, batch_size=4)
+    small, run_small = train(machine, steps=2, batch_size=1, accumulate=4)
+    assert run_small.losses == pytest.approx(run_large.losses, abs=1e-4)
+    for one, other in zip(small.model.parameters(), large.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=0)
+
+
+def test_a_run_reports_what_it_did(machine):
+    base, run = train(machine)
+    example = encode(RECORDS[0], base.tokenizer)
+    assert len(run.losses) == 6
+    assert run.tokens >= 24 * (len(example) - 1)
+    assert 0 < run.supervised_tokens < run.tokens
+    assert run.tokens_per_second == pytest.approx(run.tokens / run.seconds)
+    assert str(run).startswith("6 steps, ")
+
+
+def test_the_seed_decides_everything(machine):
+    assert same_weights(train(machine, seed=1)[0], train(machine, seed=1)[0])
+    assert not same_weights(train(machine, seed=1)[0], train(machine, seed=2)[0])
+
+
+def test_frozen_weights_stay(machine, tiny):
+    tiny.model.model.embed_tokens.weight.requires_grad_(False)
+    before = {name: weight.clone() for name, weight in tiny.model.named_parameters()}
+    train(machine, base=tiny)
+    changed = {name for name, weight in tiny.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed == {name for name, weight in tiny.model.named_parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_every_epoch_shows_every_example_once(group_by_length):
+    order = training.training_order(list(range(1, 11)), steps=5, examples_per_step=4, group_by_length=group_by_length, seed=0)
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10] != order[10:]
+
+
+# --- checkpoints
+
+
+def test_a_resumed_run_equals_an_unbroken_one(machine, tmp_path):
+    unbroken, expected = train(machine)
+    train(machine, folder=tmp_path, save_every=2)
+    shutil.rmtree(tmp_path / "checkpoint-6")  # as if the process had died after step 4
+    lines = []
+    resumed, run = train(machine, folder=tmp_path, save_every=2, say=lines.append)
+    assert lines == ["going on from checkpoint-4"] == run.notes
+    assert run.resumed_at == 4
+    assert run.losses == expected.losses
+    assert same_weights(resumed, unbroken)
+
+
+def test_a_finished_run_is_not_trained_again(machine, tmp_path):
+    first, _ = train(machine, folder=tmp_path, save_every=3)
+    second, run = train(machine, folder=tmp_path, save_every=3)
+    assert run.resumed_at == 6
+    assert same_weights(first, second)
+
+
+def test_only_the_newest_checkpoints_are_kept(machine, tmp_path):
+    train(machine, folder=tmp_path, save_every=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no optimizer", "empty", "no seal"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(machine, tmp_path, damage):
+    unbroken, _ = train(machine, folder=tmp_path, save_every=2)
+    newest = tmp_path / "checkpoint-6"
+    if damage == "truncated":
+        (newest / "model.safetensors").write_bytes((newest / "model.safetensors").read_bytes()[:100])
+    elif damage == "no optimizer":
+        (newest / "optimizer.pt").unlink()
+    elif damage == "no seal":
+        (newest / "SEAL.json").unlink()
+    else:
+        shutil.rmtree(newest)
+        newest.mkdir()
+    lines = []
+    resumed, run = train(machine, folder=tmp_path, save_every=2, say=lines.append)
+    assert run.resumed_at == 4
+    assert "checkpoint-6" in lines[0]
+    assert "passed over" in lines[0]
+    assert same_weights(resumed, unbroken)
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_differences(machine, tmp_path):
+    train(machine, folder=tmp_path, save_every=3)
+    with pytest.raises(TrainingError, match="another run .learning_rate 0.001 there, 0.01 now.: use these settings again"):
+        train(machine, folder=tmp_path, save_every=3, learning_rate=1e-2)
+
+
+def test_a_process_killed_while_it_saves_costs_only_that_checkpoint(machine, tmp_path):
+    code = """
+        import os, signal
+        from course_lib import models, runtime, sealing, training
+        from course_lib.batching import encode_records
+        from tests.test_training import RECORDS, fresh_tiny, train
+        machine = runtime.decide(None, None, 2, 8 * runtime.GIB)
+        publish, count = sealing.publish, 0
+        def die_at_the_second(*arguments):
+            global count
+            count += 1
+            if count == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            publish(*arguments)
+        sealing.publish = die_at_the_second
+        train(machine, folder={folder!r}, save_every=2)
+    """
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code).format(folder=str(tmp_path))], cwd=root, capture_output=True, text=True
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".partial-checkpoint-4", "checkpoint-2"]
+    resumed, run = train(machine, folder=tmp_path, save_every=2)
+    assert run.resumed_at == 2
+    assert same_weights(resumed, train(machine)[0])
+    assert not list(tmp_path.glob(".partial*"))
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(machine, tmp_path, monkeypatch):
+    publish = training.sealing.publish
+
+    def full(partial, final, facts):
+        if final.name == "checkpoint-4":
+            raise OSError(28, "No space left on device")
+        publish(partial, final, facts)
+
+    monkeypatch.setattr(training.sealing, "publish", full)
+    trained, run = train(machine, folder=tmp_path, save_every=2)
+    assert same_weights(trained, train(machine)[0])
+    assert len(run.notes) == 1
+    assert "checkpoint-4 was not written" in run.notes[0]
+    assert "MB are free; training goes on" in run.notes[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6"]
+
+
+# --- what stops a run, and what it says
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(machine, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(TrainingError, match="cannot be written .*: choose another folder"):
+        train(machine, folder=tmp_path / "file" / "run", save_every=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"batch_size": -1}, "batch_size=-1 must be at least 1"),
+        ({"folder": "somewhere"}, "folder and save_every belong together"),
+        ({"save_every": 2}, "folder and save_every belong together"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(machine, options, message):
+    with pytest.raises(TrainingError, match=message):
+        train(machine, **options)
+
+
+def test_no_examples_and_nothing_to_train_are_refused(machine, tiny):
+    with pytest.raises(TrainingError, match="no examples"):
+        finetune(tiny, [], machine, steps=1, batch_size=1, learning_rate=1e-3)
+    tiny.model.requires_grad_(False)
+    with pytest.raises(TrainingError, match="nothing would be trained"):
+        train(machine, base=tiny)
+
+
+def test_half_precision_weights_are_refused_with_the_remedy(machine, tiny):
+    tiny.model.half()
+    with pytest.raises(TrainingError, match=r"trained weights are torch.float16, expected float32: load the model with dtype"):
+        train(machine, base=tiny)
+
+
+def test_a_foreign_tokenizer_is_refused(machine, tiny):
+    with pytest.raises(TrainingError, match="token id 300 is beyond the model's 259 embeddings"):
+        finetune(tiny, [Example([300, 2], [IGNORED, 2])], machine, steps=1, batch_size=1, learning_rate=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(machine, tiny, monkeypatch):
+    real, steps = training.supervised_loss, []
+
+    def poisoned(model, batch, reduction="mean"):
+        steps.append(1)
+        return real(model, batch, reduction) * (float("nan") if len(steps) == 3 else 1.0)
+
+    monkeypatch.setattr(training, "supervised_loss", poisoned)
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 3: .*lower learning_rate .now 0.001."):
+        train(machine, base=tiny)
+    assert all(weight.isfinite().all() for weight in tiny.model.parameters())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(machine, tiny):
+    tiny.model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match=r"the gradient norm is (nan|inf) at step 1: stopped before the weights changed"):
+        train(machine, base=tiny)
+    assert same_weights(tiny, fresh_tiny())
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), (True, False)), ((8, 0), (False, True))])
+def test_the_dtype_of_the_machine_reaches_the_trainer(capability, expected, monkeypatch, tiny):
+    machine = decide(Gpu("Fake", capability, 15 * GIB), None, cores=2, memory_bytes=8 * GIB)
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    def arguments(**options):
+        seen.update(options)
+        raise Stop
+
+    monkeypatch.setattr(training, "TrainingArguments", arguments)
+    with pytest.raises(Stop):
+        train(machine, base=tiny)
+    assert (seen["fp16"], seen["bf16"]) == expected
+    assert seen["use_cpu"] is False
+
+
+def test_the_fp16_arithmetic_of_a_t4_trains_float32_weights(tiny, records):
+    """What the Trainer does on a T4, on the CPU: autocast to fp16, a GradScaler, float32 weights."""
+    batch = collate([encode(record, tiny.tokenizer) for record in records], tiny.tokenizer.pad_token_id)
+    optimizer, scaler, losses = torch.optim.AdamW(tiny.model.parameters(), lr=1e-3), torch.amp.GradScaler("cpu"), []
+    for _ in range(5):
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = supervised_loss(tiny.model, batch)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    assert all(weight.dtype == torch.float32 for weight in tiny.model.parameters())
