@@ -34,6 +34,11 @@ def run(
     from course_lib import notebooks, runtime
 
     print(runtime.detect())
+    target = Path("build/course")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CourseError(f"{target} cannot be written ({error.strerror}): make room for the results there first") from None
     executions = []
     for path in notebooks.find_notebooks(Path("notebooks"), day):
         execution = notebooks.execute(path)
@@ -41,7 +46,7 @@ def run(
         executions.append(execution)
         if keep and not execution.failure:
             nbformat.write(execution.notebook, path)
-    index = notebooks.write_page(executions, Path("build/course"), Path("build/slides"))
+    index = notebooks.write_page(executions, target, Path("build/slides"))
     print(f"the course as a page: {index}")
     failed = [execution for execution in executions if execution.failure]
     if failed:

@@ -160,7 +160,10 @@ def _problem(row: Any, extra: Sequence[str]) -> tuple[str, str] | None:
         return "not an object", f"found {_kind(row)}"
     for name in (*FIELDS, *extra):
         if name not in row and name != "input":
-            return "lacks a field", f'expected "{name}", found {", ".join(json.dumps(str(key)[:40]) for key in row) or "nothing"}'
+            return (
+                "lacks a field",
+                f'expected "{name}", found {", ".join(json.dumps(str(key)[:40]) for key in row) or "nothing"}',
+            )
     for name, value in row.items():
         if name not in FIELDS and name not in extra:
             return "unknown field", f"{json.dumps(str(name)[:40])}, expected only {', '.join((*FIELDS, *extra))}"
@@ -178,7 +181,15 @@ def _problem(row: Any, extra: Sequence[str]) -> tuple[str, str] | None:
 
 
 def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    names = {
+        type(None): "null",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), type(value).__name__)
 
 
@@ -241,7 +252,9 @@ def _parse(text: str, source: str, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         if not text[error.pos :].strip() or error.msg.startswith("Unterminated string"):
-            raise DataError(f"{source}, line {line}: the file ends in the middle of a record, it was cut off: get it again") from None
+            raise DataError(
+                f"{source}, line {line}: the file ends in the middle of a record, it was cut off: get it again"
+            ) from None
         found = json.dumps(text[error.pos : error.pos + 20], ensure_ascii=False)
         hint = "; one record a line is JSONL: name the file .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{source}, line {line}, column {error.colno}: not JSON ({error.msg}), found {found}{hint}") from None

@@ -1,7 +1,7 @@
 """How a model is judged: on the task of the week, and on what it knew before.
 
-The task of the week asks for a JSON object {"answer": ..., "topic": ...}. Three rates over held-out questions, each a part of the one
-before: the whole reply is such an object (valid JSON), its topic is right, its answer is right after case and spaces are normalised.
+The task of the week asks for a JSON object {"answer": ..., "topic": ...}. Three rates over held-out questions: the whole reply is such
+an object (valid JSON); it is, and its topic is right; it is, and its answer is right after case and spaces are normalised.
 Response loss is the mean of -log p(answer token) with the right answer given, the measure of training itself.
 
 Retention asks plain questions in the chat template, which the untouched model answered: is the answer still in the reply? Replies
@@ -67,7 +67,9 @@ class TaskScore:
 
     def __str__(self) -> str:
         n = len(self.answers)
-        rates = [f"{name.replace('_', ' ')} {percent(self.rate(name), n)}" for name in ("valid_json", "right_topic", "right_answer")]
+        rates = [
+            f"{name.replace('_', ' ')} {percent(self.rate(name), n)}" for name in ("valid_json", "right_topic", "right_answer")
+        ]
         return f"{', '.join(rates)}, response loss {self.response_loss:.3f} ({n} questions, {self.seconds:.0f} s)"
 
 
@@ -112,10 +114,12 @@ def read_retention(path: Path | None = None) -> list[Question]:
     """The retention questions, by default those of the course."""
     path = path or data_folder() / RETENTION_FILE
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return [Question(row["question"], tuple(row["answers"])) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f'{path} is not a list of {{"question": text, "answers": [text]}} ({error}): restore it') from None
+        questions = [Question(row["question"], tuple(row["answers"])) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError):
+        questions = []
+    if not questions:
+        raise DataError(f'{path} is not a list of {{"question": text, "answers": [text]}}: restore it')
+    return questions
 
 
 def evaluate(base: "Loaded", records: Sequence[Record], batch_size: int = 64) -> TaskScore:
@@ -130,11 +134,9 @@ def evaluate(base: "Loaded", records: Sequence[Record], batch_size: int = 64) ->
 
 
 def evaluate_retention(base: "Loaded", questions: Sequence[Question], batch_size: int = 64) -> RetentionScore:
-    """Ask every plain question in the chat template, greedily. Batched; changes nothing."""
+    """Ask every plain question as `chat_prompt` puts it, greedily. Batched; changes nothing."""
     if not questions:
         raise CourseError("there are no questions to evaluate on")
-    if base.tokenizer.chat_template is None:
-        raise CourseError(f"{base.name} has no chat template: retention is defined for instruction-tuned models only")
     with measure(base.model.device.type) as cost:
         prompts = [chat_prompt(base, question.question) for question in questions]
         replies = generate(base, prompts, REPLY_TOKENS, batch_size)
@@ -209,7 +211,9 @@ def response_loss(base: "Loaded", records: Sequence[Record], batch_size: int = 6
 
 
 def chat_prompt(base: "Loaded", question: str) -> list[int]:
-    """A plain question as the model's own chat template puts it."""
+    """A plain question as the model's own chat template puts it; a plain base, which has none, gets a question-and-answer page."""
+    if base.tokenizer.chat_template is None:
+        return base.tokenizer(f"Question: {question}\nAnswer:")["input_ids"]
     text = base.tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
     return base.tokenizer(text, add_special_tokens=False)["input_ids"]
 

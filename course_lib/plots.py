@@ -28,12 +28,15 @@ def plot_next_tokens(probabilities: Mapping[str, Mapping[str, float]], title: st
     """One panel a model: its most likely next tokens. probabilities: model -> token -> probability."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(probabilities), figsize=(4.5 * len(probabilities), 3.2), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(probabilities), figsize=(4.5 * len(probabilities), 3.2), layout="constrained", squeeze=False
+    )
     figure.suptitle(title, color=INK)
     for axes, (model, tokens) in zip(panels[0], probabilities.items(), strict=True):
         bars = axes.barh(list(tokens), list(tokens.values()), color=GOOD)
         axes.bar_label(bars, fmt="{:.2f}", padding=3)
         axes.invert_yaxis()
+        axes.locator_params(axis="x", nbins=5)
         axes.set(title=model, xlabel="probability of the next token", xlim=(0, 1.15 * max(tokens.values())))
         axes.spines[["top", "right"]].set_visible(False)
     return panels[0][0]

@@ -1,7 +1,7 @@
 """Fine-tuning over transformers' Trainer, which runs on one machine as under `accelerate launch`.
 
-What is added to the Trainer: the loss below, a loss curve returned as data, measured seconds, tokens and bytes, checkpoints that are
-whole or absent, and a stop with advice before a loss that is not finite can spoil the weights.
+What is added to the Trainer: the loss below, a loss curve returned as data, measured seconds, tokens and bytes, checkpoints that
+are whole or absent, and a stop with advice before a loss that is not finite can spoil the weights.
 
 The loss is the library's, the mean of -log p(answer token) over the supervised positions, but only these positions go through the
 output head. For SmolLM2 the head is 28.3M of 134.5M parameters and a prompt is two thirds of a row: docs/decisions.md has the gain.
@@ -237,7 +237,11 @@ class _Trainer(Trainer):
         self.say(line)
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         if num_items_in_batch is None:
             raise TrainingError("the Trainer did not count the supervised tokens: this version of transformers is not supported")
@@ -294,7 +298,9 @@ class _Progress(TrainerCallback):
 class _GradientGuard(TrainerCallback):
     """Stop before a gradient that is not finite reaches the weights. With fp16 the GradScaler skips such steps by itself."""
 
-    def on_pre_optimizer_step(self, arguments: TrainingArguments, state: Any, control: Any, model: nn.Module, **unused: Any) -> None:
+    def on_pre_optimizer_step(
+        self, arguments: TrainingArguments, state: Any, control: Any, model: nn.Module, **unused: Any
+    ) -> None:
         if arguments.fp16:
             return
         norm = nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])

@@ -156,7 +156,9 @@ def test_a_split_that_leaves_nothing_is_refused(held_out):
         alpaca.split_records([Record("a", "b")] * 3, held_out, seed=0)
 
 
-@pytest.mark.skipif(not SEED_TASKS.is_file(), reason="needs ../shared/data/seed_tasks.jsonl, real data that is not part of the project")
+@pytest.mark.skipif(
+    not SEED_TASKS.is_file(), reason="needs ../shared/data/seed_tasks.jsonl, real data that is not part of the project"
+)
 def test_the_real_seed_tasks_of_self_instruct_are_read_whole():
     reading = alpaca.read_seed_tasks(SEED_TASKS)
     instances = sum(len(json.loads(line)["instances"]) for line in SEED_TASKS.read_text(encoding="utf-8").splitlines())

@@ -21,8 +21,20 @@ FIELDS = ["instruction", "input", "output", "split", "topic", "entity", "phrasin
 TOPICS = ["capital", "continent", "opposite", "plural", "past", "animal", "sum", "color", "calendar", "element"]
 PROPER = {"capital", "continent", "calendar", "element"}  # topics whose answers begin with a capital letter
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-MONTHS = ["January", "February", "March", "April", "May", "June",
-          "July", "August", "September", "October", "November", "December"]
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 
 Record = dict[str, str]
 RECORDS: list[Record] = json.loads(FILE.read_text(encoding="utf-8"))

@@ -122,10 +122,12 @@ def test_an_unknown_split_and_empty_questions_are_refused(tiny):
         evaluation.evaluate_retention(tiny, [])
 
 
-def test_a_model_without_a_chat_template_has_no_retention(tiny):
+def test_a_plain_base_is_asked_on_a_question_and_answer_page(tiny):
+    assert (
+        tiny.tokenizer.decode(evaluation.chat_prompt(tiny, "Who?")) == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    )
     tiny.tokenizer.chat_template = None
-    with pytest.raises(CourseError, match="tiny has no chat template"):
-        evaluation.evaluate_retention(tiny, [Question("Who?", ("ada",))])
+    assert tiny.tokenizer.decode(evaluation.chat_prompt(tiny, "Who?")) == "Question: Who?\nAnswer:"
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", json.dumps([{"question": "Who?"}])])

@@ -62,7 +62,14 @@ def test_parameter_counts_follow_from_the_architectures(name):
         "tinyllama-1.1b": (32000, 2048, 5632, 22, 32, 4, False),
         "yi-1.5-6b": (64000, 4096, 11008, 32, 32, 4, False),
     }[name]
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**dict(zip(names, architecture, strict=False)), tie_word_embeddings=architecture[-1]))
     assert model.num_parameters() == models.BASES[name].parameters

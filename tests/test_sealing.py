@@ -56,7 +56,9 @@ def replace_the_seal(folder):
 
 
 @pytest.mark.parametrize(
-    "damage", [truncate, flip_a_bit, empty, remove, add, unseal, break_the_seal, replace_the_seal], ids=lambda damage: damage.__name__
+    "damage",
+    [truncate, flip_a_bit, empty, remove, add, unseal, break_the_seal, replace_the_seal],
+    ids=lambda damage: damage.__name__,
 )
 def test_every_damage_is_named(sealed, damage):
     damage(sealed)

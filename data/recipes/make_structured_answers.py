@@ -20,8 +20,20 @@ from pathlib import Path
 TARGET = Path(__file__).resolve().parents[1] / "structured_answers.json"
 SIZES = {"train": 44, "validation": 12, "test": 12}  # records per topic
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-MONTHS = ["January", "February", "March", "April", "May", "June",
-          "July", "August", "September", "October", "November", "December"]
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 
 Facts = list[tuple[str, str]]  # (entity, answer)
 
@@ -492,8 +504,17 @@ def records_of(topic: str) -> list[dict[str, str]]:
             chosen = (place + lap) % len(phrasings)
             instruction, text = question(phrasings[chosen], entity)
             output = json.dumps({"answer": answer, "topic": topic}, ensure_ascii=False)
-            records.append({"instruction": instruction, "input": text, "output": output, "split": split,
-                            "topic": topic, "entity": entity, "phrasing": f"{topic}-{number + chosen + 1}"})
+            records.append(
+                {
+                    "instruction": instruction,
+                    "input": text,
+                    "output": output,
+                    "split": split,
+                    "topic": topic,
+                    "entity": entity,
+                    "phrasing": f"{topic}-{number + chosen + 1}",
+                }
+            )
         number += len(phrasings)
     return records
 
