@@ -1,8 +1,8 @@
 """How a model is judged: on the task of the week, and on what it knew before.
 
-The task of the week asks for a JSON object {"answer": ..., "topic": ...}. Three rates over held-out questions: the whole reply is such
-an object (valid JSON); it is, and its topic is right; it is, and its answer is right after case and spaces are normalised.
-Response loss is the mean of -log p(answer token) with the right answer given, the measure of training itself.
+The task of the week asks for a JSON object {"answer": ..., "topic": ...}. Three rates over held-out questions: the whole reply is
+such an object (valid JSON); it is, and its topic is right; it is, and its answer is right after case and spaces are normalised.
+Response loss, the mean of -log p(answer token) with the right answer given, is the measure of training itself.
 
 Retention asks plain questions in the chat template, which the untouched model answered: is the answer still in the reply? Replies
 that come wrapped in JSON are counted apart, since a right answer in the wrong clothes is neither kept nor lost.
@@ -55,10 +55,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """The task of the week over `len(answers)` questions. response_loss: nats a token."""
+    """The task of the week over `len(answers)` questions."""
 
     answers: list[Answer]
-    response_loss: float
     seconds: float
 
     def rate(self, measure: str) -> float:
@@ -70,7 +69,7 @@ class TaskScore:
         rates = [
             f"{name.replace('_', ' ')} {percent(self.rate(name), n)}" for name in ("valid_json", "right_topic", "right_answer")
         ]
-        return f"{', '.join(rates)}, response loss {self.response_loss:.3f} ({n} questions, {self.seconds:.0f} s)"
+        return f"{', '.join(rates)} ({n} questions, {self.seconds:.0f} s)"
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,7 @@ def evaluate(base: "Loaded", records: Sequence[Record], batch_size: int = 64) ->
     with measure(base.model.device.type) as cost:
         prompts = [encode_prompt(record, base.tokenizer) for record in records]
         replies = generate(base, prompts, ANSWER_TOKENS, batch_size)
-        loss = response_loss(base, records, batch_size)
-    return TaskScore([judge(record, reply) for record, reply in zip(records, replies, strict=True)], loss, cost.seconds)
+    return TaskScore([judge(record, reply) for record, reply in zip(records, replies, strict=True)], cost.seconds)
 
 
 def evaluate_retention(base: "Loaded", questions: Sequence[Question], batch_size: int = 64) -> RetentionScore:

@@ -188,7 +188,7 @@ def training_order(lengths: Sequence[int], steps: int, examples_per_step: int, g
     Fixed before the run starts, so that a resumed run goes on with the examples that the broken one had not seen.
 
     >>> training_order([5, 5, 5], steps=2, examples_per_step=2, group_by_length=False, seed=0)
-    [2, 0, 1, 0]
+    [1, 2, 0, 0]
     """
     order: list[int] = []
     while len(order) < steps * examples_per_step:

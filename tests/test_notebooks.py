@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 from pathlib import Path
 
@@ -162,3 +163,19 @@ def test_a_day_has_a_headline_and_runs_in_colab(day):
     install = [cell.source for cell in day.cells if "pip" in cell.source and cell.cell_type == "code"]
     assert len(install) == 1
     assert '"--no-deps"' in install[0]
+
+
+@pytest.mark.parametrize("path", DAYS, ids=lambda path: path.stem)
+def test_a_day_runs_on_tiny_where_nothing_can_be_fetched(path, tmp_path, monkeypatch):
+    environment = {
+        "COURSE_CACHE": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": "",
+        "COURSE_DEVICE": "",
+    }
+    for name, value in {**environment, "PIP_CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(name, value)
+    execution = notebooks.execute(path)
+    assert execution.failure == ""
+    assert "tiny, a random stand-in that is not trained" in json.dumps(execution.notebook)
