@@ -46,7 +46,8 @@ setup: $(READY)  ## .venv with everything, and the base model in the cache
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 15); \
 		sys.exit(0 if ok else "found Python %d.%d, expected 3.11 to 3.14: make PYTHON=python3.12" % sys.version_info[:2])'
-	@test -x $(BIN)/python || { echo "set-up 1/3: a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@test -x $(BIN)/python || { echo "set-up 1/3: a virtual environment in $(VENV)"; \
+		$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3 cannot make a virtual environment: install its venv package"; exit 1; }; }
 	@if command -v nvidia-smi >/dev/null 2>&1; then \
 		echo "set-up 2/3: torch with CUDA, since nvidia-smi is here"; $(PIP) torch; \
 	else \

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from course_lib import hub
-from course_lib.runtime import CourseError
+from course_lib.runtime import CourseError, first_line
 
 PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -31,6 +31,8 @@ PROMPT_WITHOUT_INPUT = (
 )
 FIELDS = ("instruction", "input", "output")
 MAX_FIELD_CHARACTERS = 100_000  # far above any instruction; a record of megabytes is a broken export
+BINARY_STARTS = {b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file"}
+JSON_LINES = (".jsonl", ".ndjson")
 EXPECTED = 'a list of {"instruction": text, "input": text or "", "output": text}'
 
 
@@ -81,9 +83,8 @@ def read_records(path: Path | str, extra: Sequence[str] = ()) -> Reading:
     extra: names of further text fields to allow and keep
     Raises DataError if the file as a whole cannot be used, or if no record in it can.
     """
-    path = Path(path)
-    rows = _read_json(path)
-    return check_records(rows, path.name, extra)
+    path = Path(path).expanduser()
+    return check_records(_read_json(path), path.name, extra)
 
 
 def read_seed_tasks(path: Path | str) -> Reading:
@@ -91,13 +92,14 @@ def read_seed_tasks(path: Path | str) -> Reading:
 
     A task holds `instruction` and `instances`, a list of {"input", "output"}; id, name and is_classification are dropped.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     rows = []
     for number, task in enumerate(_read_json(path), start=1):
-        if not isinstance(task, dict) or not isinstance(task.get("instances"), list):
-            raise DataError(f'{path.name}, line {number}: expected a task with "instruction" and a list "instances"')
-        for instance in task["instances"]:
-            rows.append({"instruction": task.get("instruction"), **instance} if isinstance(instance, dict) else instance)
+        instances = task.get("instances") if isinstance(task, dict) else None
+        if not isinstance(instances, list) or not instances:
+            raise DataError(f'{path.name}, task {number}: expected "instruction" and a list "instances" with at least one instance')
+        for instance in instances:
+            rows.append({**instance, "instruction": task.get("instruction")} if isinstance(instance, dict) else instance)
     return check_records(rows, path.name)
 
 
@@ -196,10 +198,10 @@ def _kind(value: Any) -> str:
 def _read_json(path: Path) -> list[Any]:
     """The rows of a JSON list or of JSON lines. Raises DataError with the line where reading stopped."""
     text = _read_text(path)
-    if path.suffix.lower() == ".jsonl":
+    if path.suffix.lower() in JSON_LINES:
         lines = ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
-        return [_parse(line, path.name, number) for number, line in lines]
-    rows = _parse(text, path.name, 1)
+        return [_parse(line, f"{path.name}, line {number}", one_line=True) for number, line in lines]
+    rows = _parse(text, path.name)
     if not isinstance(rows, list):
         keys = f" with the keys {', '.join(json.dumps(key[:40]) for key in list(rows)[:5])}" if isinstance(rows, dict) else ""
         raise DataError(f"{path.name} holds {_kind(rows)}{keys}, expected {EXPECTED}")
@@ -211,15 +213,18 @@ def _read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"there is no file {path}: check the path, relative to {Path.cwd().name}/") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        raise DataError(f"there is no file {path}: check the path") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{str(path)!r} cannot be read: {first_line(error)}") from None
     if not content.strip():
         raise DataError(f"{path.name} is empty, expected {EXPECTED}")
     if content.startswith(b"version https://git-lfs"):
         raise DataError(f"{path.name} is a Git LFS pointer, not the data: run `git lfs pull`, or download the file itself")
+    for start, kind in BINARY_STARTS.items():
+        if content.startswith(start):
+            raise DataError(f"{path.name} is {kind}, expected JSON text: unpack or convert it first")
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path.name} is UTF-16, expected UTF-8: save it again as UTF-8")
+        raise DataError(f"{path.name} is UTF-16 or UTF-32, expected UTF-8: save it again as UTF-8")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -236,33 +241,38 @@ class _RepeatedKeyError(ValueError):
     pass
 
 
-def _parse(text: str, source: str, first_line: int) -> Any:
+class _ConstantError(ValueError):
+    pass
+
+
+def _parse(text: str, source: str, one_line: bool = False) -> Any:
+    """One JSON value. source: the file, with its line if one_line."""
+
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = Counter(key for key, _ in pairs)
-        for key, count in keys.items():
+        for key, count in Counter(key for key, _ in pairs).items():
             if count > 1:
-                raise _RepeatedKeyError(key)
+                raise _RepeatedKeyError(json.dumps(key[:40]))
         return dict(pairs)
 
     def no_constants(name: str) -> None:
-        raise ValueError(name)
+        raise _ConstantError(name)
 
     try:
         return json.loads(text, object_pairs_hook=unique_keys, parse_constant=no_constants)
     except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
+        place = source if one_line else f"{source}, line {error.lineno}"
         if not text[error.pos :].strip() or error.msg.startswith("Unterminated string"):
-            raise DataError(
-                f"{source}, line {line}: the file ends in the middle of a record, it was cut off: get it again"
-            ) from None
-        found = json.dumps(text[error.pos : error.pos + 20], ensure_ascii=False)
-        hint = "; one record a line is JSONL: name the file .jsonl" if error.msg == "Extra data" else ""
-        raise DataError(f"{source}, line {line}, column {error.colno}: not JSON ({error.msg}), found {found}{hint}") from None
+            rest = "the line ends in the middle of a record: expected one whole record a line"
+            whole = "the file ends in the middle of a record, it was cut off: get it again"
+            raise DataError(f"{place}: {rest if one_line else whole}") from None
+        found = json.dumps(text[error.pos : error.pos + 20])
+        hint = "; one record a line is JSONL: name the file .jsonl" if error.msg == "Extra data" and not one_line else ""
+        raise DataError(f"{place}, column {error.colno}: not JSON ({error.msg}), found {found}{hint}") from None
     except _RepeatedKeyError as error:
-        raise DataError(f'{source}: the key "{str(error)[:40]}" stands twice in one record: keep one of them') from None
+        raise DataError(f"{source}: the key {error} stands twice in one record: keep one of them") from None
+    except _ConstantError as error:
+        raise DataError(f"{source}: {error} is not JSON, expected text in quotes") from None
     except RecursionError:
         raise DataError(f"{source}: lists nested too deeply, expected {EXPECTED}") from None
     except ValueError as error:
-        if str(error) in ("NaN", "Infinity", "-Infinity"):
-            raise DataError(f"{source}: {error} is not JSON, expected text in quotes") from None
-        raise DataError(f"{source}: {error}") from None
+        raise DataError(f"{source}: {first_line(error)}") from None

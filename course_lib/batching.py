@@ -5,10 +5,10 @@
 
 Three departures from the common recipes, each against a silent failure:
 - Prompt and answer are tokenized apart, as they are when the model generates. Tokenized together, the colon of `### Response:`
-  can merge with the first letter of the answer, and the model would train on a boundary that it never meets.
+  can merge with a quote or a dash that opens the answer, and the model would train on a boundary that it never meets.
 - EOS is appended here and padding is masked by position. SmolLM2 pads with EOS, so masking by token id would mask the EOS too,
   and the model would never learn to stop.
-- The text of a record is encoded with split_special_tokens=True, so that "<|im_end|>" in the data is seven characters of text
+- The text of a record is encoded with split_special_tokens=True, so that "<|im_end|>" in the data is ten characters of text
   and not a control token. add_special_tokens=False does not do that.
 """
 
@@ -103,7 +103,7 @@ def encode_records(
         else:
             refused.append(f"record {number}: {len(example)} tokens, at most {max_tokens}: raise max_tokens or shorten it")
     if not examples:
-        raise CourseError(f"none of {len(records)} records fits into {max_tokens} tokens" + f" ({refused[0]})" * bool(refused))
+        raise CourseError(f"none of {len(records)} records fits into {max_tokens} tokens{f' ({refused[0]})' if refused else ''}")
     return Encoding(examples, refused)
 
 

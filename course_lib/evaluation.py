@@ -113,10 +113,11 @@ def read_retention(path: Path | None = None) -> list[Question]:
     """The retention questions, by default those of the course."""
     path = path or data_folder() / RETENTION_FILE
     try:
-        questions = [Question(row["question"], tuple(row["answers"])) for row in json.loads(path.read_text(encoding="utf-8"))]
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        questions = [Question(row["question"], tuple(row["answers"])) for row in rows if isinstance(row["answers"], list)]
     except (OSError, ValueError, KeyError, TypeError):
-        questions = []
-    if not questions:
+        rows, questions = [], []
+    if not questions or len(questions) < len(rows) or not all(question.answers for question in questions):
         raise DataError(f'{path} is not a list of {{"question": text, "answers": [text]}}: restore it')
     return questions
 
@@ -125,6 +126,9 @@ def evaluate(base: "Loaded", records: Sequence[Record], batch_size: int = 64) ->
     """Answer every question of the task greedily in the Alpaca template and compare with its record. Batched; changes nothing."""
     if not records:
         raise CourseError("there are no questions to evaluate on")
+    for record in records:
+        if _answer_object(record.output) is None:
+            raise CourseError(f"{record.output[:60]!r} is no answer of the task: expected records of read_task(...)")
     with measure(base.model.device.type) as cost:
         prompts = [encode_prompt(record, base.tokenizer) for record in records]
         replies = generate(base, prompts, ANSWER_TOKENS, batch_size)
@@ -155,7 +159,7 @@ def judge(record: Record, reply: str) -> Answer:
     >>> answer.valid_json, answer.right_topic, answer.right_answer
     (True, False, True)
     """
-    right, found = json.loads(record.output), _answer_object(reply)
+    right, found = _answer_object(record.output), _answer_object(reply)
     if found is None:
         return Answer(record, reply, valid_json=False, right_topic=False, right_answer=False)
     return Answer(
@@ -187,16 +191,20 @@ def contains(reply: str, answer: str) -> bool:
 
 
 def percent(rate: float, n: int) -> str:
-    """A rate with the standard error of a proportion over n independent questions, in percentage points.
+    """A rate with its standard error over n questions, in percentage points.
 
-    >>> percent(0.5, 100)
-    '50 ± 5 %'
+    Two right and two wrong answers are added for the error (Agresti and Coull 1998), which is not zero even at 0 and 100 %.
+
+    >>> percent(0.5, 100), percent(0.0, 100)
+    ('50 ± 5 %', '0 ± 1 %')
     """
-    return f"{100 * rate:.0f} ± {100 * math.sqrt(rate * (1 - rate) / n):.0f} %"
+    p = (rate * n + 2) / (n + 4)
+    return f"{100 * rate:.0f} ± {100 * math.sqrt(p * (1 - p) / (n + 4)):.0f} %"
 
 
 def response_loss(base: "Loaded", records: Sequence[Record], batch_size: int = 64) -> float:
     """Mean of -log p over all answer tokens of all records, in nats."""
+    _check_batch_size(batch_size)
     examples = sorted((encode(record, base.tokenizer) for record in records), key=len)
     total = 0.0
     base.model.eval()
@@ -221,6 +229,7 @@ def generate(base: "Loaded", prompts: Sequence[list[int]], max_new_tokens: int, 
 
     Prompts of similar length share a batch, padded on the left, so that every reply starts at the same position.
     """
+    _check_batch_size(batch_size)
     pad_id = base.tokenizer.pad_token_id
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     replies = [""] * len(prompts)
@@ -244,6 +253,11 @@ def generate(base: "Loaded", prompts: Sequence[list[int]], max_new_tokens: int, 
                 replies[index] = base.tokenizer.decode(row, skip_special_tokens=True).strip()
             bar.update(len(indices))
     return replies
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise CourseError(f"batch_size={batch_size} must be at least 1")
 
 
 def _answer_object(reply: str) -> dict[str, str] | None:

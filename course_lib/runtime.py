@@ -31,6 +31,11 @@ class CourseError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 @dataclass(frozen=True)
 class Gpu:
     """What torch says about the first CUDA device. capability: (major, minor), for example (7, 5) for a T4."""
@@ -75,7 +80,8 @@ def decide(gpu: Gpu | None, override: str | None, cores: int, memory_bytes: int)
     >>> print(decide(t4, None, cores=2, memory_bytes=12 * GIB))
     cuda, float16, 15.0 GiB, 2 cores: Tesla T4 has capability 7.5, below 8.0, so fp16 and never bf16
     """
-    if override not in (None, "", "cpu", "cuda"):
+    override = (override or "").strip().lower()
+    if override not in ("", "cpu", "cuda"):
         raise CourseError(f"COURSE_DEVICE={override!r} is not known, expected cpu or cuda: correct it or unset it")
     if gpu is not None and override != "cpu":
         major, minor = gpu.capability

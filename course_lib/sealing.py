@@ -5,6 +5,7 @@ to its final name. A process that is killed half-way leaves a temporary folder t
 no longer matches its seal.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -44,7 +45,7 @@ def check(folder: Path) -> dict:
     """The facts in the seal of `folder`. Raises DamagedError if a file is missing, foreign to the seal or changed."""
     try:
         seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        facts, checksums = seal["facts"], seal["sha256"]
+        facts, checksums = dict(seal["facts"]), dict(seal["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         raise DamagedError(f"{folder.name} has no readable {SEAL}") from None
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SEAL}
@@ -63,11 +64,14 @@ def sha256(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Wait until the disk has it; folders cannot be flushed on Windows."""
-    if path.is_dir() and os.name == "nt":
+    """Wait until the disk has it. Windows and network drives cannot flush a folder; there a rename is as safe as they make it."""
+    if path.is_dir():
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
         return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with path.open("r+b") as file:  # Windows flushes only what was opened for writing
+        os.fsync(file.fileno())

@@ -1,14 +1,17 @@
-"""Fine-tuning over transformers' Trainer, which runs on one machine as under `accelerate launch`.
+"""Fine-tuning over transformers' Trainer.
 
 What is added to the Trainer: the loss below, a loss curve returned as data, measured seconds, tokens and bytes, checkpoints that
 are whole or absent, and a stop with advice before a loss that is not finite can spoil the weights.
 
 The loss is the library's, the mean of -log p(answer token) over the supervised positions, but only these positions go through the
-output head. For SmolLM2 the head is 28.3M of 134.5M parameters and a prompt is two thirds of a row: docs/decisions.md has the gain.
+output head. For SmolLM2 the head is 28.3M of 134.5M parameters and the prompt is three quarters of a row: docs/decisions.md has
+the gain.
 """
 
 import hashlib
 import json
+import math
+import os
 import random
 import shutil
 import sys
@@ -27,7 +30,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from course_lib import sealing
 from course_lib.batching import IGNORED, Example, collate, length_grouped_order
-from course_lib.runtime import CourseError, Machine, measure, quiet_transformers, seed_everything
+from course_lib.runtime import CourseError, Machine, first_line, measure, quiet_transformers, seed_everything
 
 if TYPE_CHECKING:
     from course_lib.models import Loaded
@@ -80,12 +83,17 @@ def supervised_loss(model: nn.Module, batch: dict[str, Tensor], reduction: str =
         hidden = inputs[0][:, -batch["labels"].shape[1] :]  # (N, T, C): virtual tokens of soft prompts come before
         return (hidden[:, :-1][supervised].unsqueeze(0),)  # (1, K, C)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep_supervised)
+    hook = unwrapped(model).get_output_embeddings().register_forward_pre_hook(keep_supervised)
     try:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     finally:
         hook.remove()
     return nn.functional.cross_entropy(logits[0].float(), labels[supervised], reduction=reduction)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, or the model itself."""
+    return getattr(model, "module", model)
 
 
 def finetune(
@@ -112,13 +120,18 @@ def finetune(
     Raises TrainingError before the first step for settings, weights or a folder that cannot work, and in mid-run for a loss or
     gradient that is not finite.
     """
-    _check(base.model, examples, steps=steps, batch_size=batch_size, accumulate=accumulate)
+    counts = {"steps": steps, "batch_size": batch_size, "accumulate": accumulate}
+    _check_settings(counts | ({"save_every": save_every} if save_every is not None else {}), learning_rate, warmup_steps, seed)
+    _check_weights(base.model)
+    _check_examples(base.model, examples)
     if (folder is None) != (save_every is None):
         raise TrainingError("folder and save_every belong together: give both to keep checkpoints, or neither")
     if folder is not None:
-        _check_writable(Path(folder))
+        folder = Path(folder).expanduser()
+        _check_writable(folder)
     seed_everything(seed)
-    order = training_order([len(example) for example in examples], steps, batch_size * accumulate, group_by_length, seed)
+    examples_per_step = batch_size * accumulate * int(os.environ.get("WORLD_SIZE", "1"))  # processes under torchrun
+    order = training_order([len(example) for example in examples], steps, examples_per_step, group_by_length, seed)
     settings = {
         "base": base.name,
         "trained weights": sum(weight.numel() for weight in base.model.parameters() if weight.requires_grad),
@@ -154,6 +167,9 @@ def finetune(
             report_to="none",
             seed=seed,
         )
+        arguments._n_gpu = min(
+            arguments.n_gpu, 1
+        )  # several GPUs want one process each; the Trainer would wrap them in DataParallel
         trainer = _Trainer(
             model=base.model,
             args=arguments,
@@ -163,14 +179,17 @@ def finetune(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.settings, trainer.say = settings, say
-        checkpoint = newest_checkpoint(Path(folder), settings, trainer.note) if folder is not None else None
+        checkpoint = newest_checkpoint(folder, settings, trainer.note) if folder is not None else None
         if checkpoint is not None:
             trainer.note(f"going on from {checkpoint.name}")
-        with measure(machine.device) as cost, quiet_transformers():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    base.model.eval()
+        try:
+            with measure(machine.device) as cost, quiet_transformers():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:  # accelerate wraps forward in autocast and leaves it there; the model shall compute as before
+            vars(base.model).pop("forward", None)
+            base.model.eval()
     resumed_at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    seen = [examples[index] for index in order[resumed_at * batch_size * accumulate :]]
+    seen = [examples[index] for index in order[resumed_at * examples_per_step :]]
     return Run(
         losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         seconds=cost.seconds,
@@ -205,8 +224,7 @@ def newest_checkpoint(folder: Path, settings: dict[str, Any], say: Say) -> Path 
 
     Raises TrainingError if it belongs to a run with other settings.
     """
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for checkpoint in checkpoints:
+    for checkpoint in reversed(_checkpoints(folder)):
         try:
             saved = sealing.check(checkpoint)
         except sealing.DamagedError as error:
@@ -219,6 +237,12 @@ def newest_checkpoint(folder: Path, settings: dict[str, Any], say: Say) -> Path 
             )
         return checkpoint
     return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The folders called checkpoint-STEP, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.rpartition("-")[2].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 class _Trainer(Trainer):
@@ -267,12 +291,13 @@ class _Trainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 sealing.publish(partial / final.name, final, self.settings)
-                for old in sorted(final.parent.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)[:-CHECKPOINTS_KEPT]:
-                    shutil.rmtree(old)
+                ours = [path for path in _checkpoints(final.parent) if (path / sealing.SEAL).is_file()]
+                for old in ours[: ours.index(final) + 1][:-CHECKPOINTS_KEPT]:  # folders of other programs are left alone
+                    shutil.rmtree(old, ignore_errors=True)
         except (OSError, RuntimeError, SafetensorError) as error:
             bytes_needed = 3 * sum(weight.nbytes for weight in self.model.parameters() if weight.requires_grad)
             self.note(
-                f"{final.name} was not written ({str(error).splitlines()[0][:80]}): it takes about {bytes_needed / 1e6:.0f} MB, "
+                f"{final.name} was not written ({first_line(error)}): it takes about {bytes_needed / 1e6:.0f} MB, "
                 f"{shutil.disk_usage(final.parent).free / 1e6:.0f} MB are free; training goes on, older checkpoints are whole"
             )
         finally:
@@ -312,22 +337,44 @@ def _advice(found: str, step: int, learning_rate: float) -> str:
     return f"{found} at step {step}: stopped before the weights changed; lower learning_rate (now {learning_rate:g}) or use float32"
 
 
-def _check(model: nn.Module, examples: Sequence[Example], **counts: int) -> None:
-    if not examples:
-        raise TrainingError("there are no examples to train on")
+def _check_settings(counts: dict[str, int], learning_rate: float, warmup_steps: int, seed: int) -> None:
     for name, value in counts.items():
-        if value < 1:
-            raise TrainingError(f"{name}={value} must be at least 1")
+        if not isinstance(value, int) or value < 1:
+            raise TrainingError(f"{name}={value!r} must be a whole number, at least 1")
+    if not isinstance(learning_rate, float | int) or not 0 < learning_rate < math.inf:
+        raise TrainingError(f"learning_rate={learning_rate!r} must be a number above 0, for example 1e-4")
+    if not isinstance(warmup_steps, int) or not 0 <= warmup_steps < counts["steps"]:
+        raise TrainingError(f"warmup_steps={warmup_steps!r} must lie in 0..{counts['steps'] - 1}, below steps={counts['steps']}")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise TrainingError(f"seed={seed!r} must be a whole number from 0 to {2**32 - 1}")
+
+
+def _check_weights(model: nn.Module) -> None:
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     if not trained:
         raise TrainingError("no weight of the model requires a gradient: nothing would be trained")
     dtypes = {weight.dtype for weight in trained} - {torch.float32}
     if dtypes:
         raise TrainingError(f"trained weights are {dtypes.pop()}, expected float32: load the model with dtype=torch.float32")
-    largest = max(max(example.input_ids) for example in examples)
+
+
+def _check_examples(model: nn.Module, examples: Sequence[Example]) -> None:
+    if not isinstance(examples, Sequence):
+        raise TrainingError(f"examples is a {type(examples).__name__}, expected a list: encode_records(...).examples")
+    if not examples:
+        raise TrainingError("there are no examples to train on")
     rows = model.get_input_embeddings().weight.shape[0]
-    if largest >= rows:
-        raise TrainingError(f"token id {largest} is beyond the model's {rows} embeddings: encode with the model's own tokenizer")
+    longest = getattr(model.config, "max_position_embeddings", math.inf)
+    for number, example in enumerate(examples, start=1):
+        if len(example.input_ids) != len(example.labels):
+            raise TrainingError(f"example {number} has {len(example.input_ids)} ids and {len(example.labels)} labels")
+        if not example.supervised_ids:
+            raise TrainingError(f"example {number} has no supervised token: every label is {IGNORED}")
+        if len(example) > longest:
+            raise TrainingError(f"example {number} has {len(example)} tokens, the model takes {longest}: encode with max_tokens")
+        out = [token for token in (*example.input_ids, *example.supervised_ids) if not 0 <= token < rows]
+        if out:
+            raise TrainingError(f"token id {out[0]} is beyond the model's {rows} embeddings: encode with the model's own tokenizer")
 
 
 def _check_writable(folder: Path) -> None:

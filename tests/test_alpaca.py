@@ -63,7 +63,7 @@ def test_a_byte_order_mark_is_accepted(tmp_path):
         (b"<!DOCTYPE html><html></html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "is a Git LFS pointer"),
         ('[{"instruction": "Grüße"}]'.encode("latin-1"), "line 1: byte 0xfc is not UTF-8, perhaps Latin-1"),
-        ('[{"instruction": "Add."}]'.encode("utf-16"), "is UTF-16, expected UTF-8"),
+        ('[{"instruction": "Add."}]'.encode("utf-16"), "is UTF-16 or UTF-32, expected UTF-8"),
         (b'{"data": [{"instruction": "Add."}]}', 'holds an object with the keys "data", expected a list of'),
         (b'"text"', "holds text, expected a list"),
         (b"3", "holds a number, expected a list"),
@@ -72,8 +72,12 @@ def test_a_byte_order_mark_is_accepted(tmp_path):
         (b'[{"instruction": "a", "output": -Infinity}]', "-Infinity is not JSON"),
         (b'{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": "d"}', "one record a line is JSONL"),
         (b'[{"question": "a", "answer": "b"}]', 'record 1: lacks a field: expected "instruction", found "question", "answer"'),
-        (b"[" * 100_000, "nested too deeply|ends in the middle"),
-        (b"[" + b"9" * 5000 + b"]", "data.json"),
+        (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+        (b"[" + b"9" * 5000 + b"]", "[Ee]xceeds the limit"),
+        (b"\x1f\x8b\x08\x00 rest", "is a gzip archive, expected JSON text: unpack"),
+        (b"PAR1 rest", "is a Parquet file"),
+        (b'[{"a\\nb": 1, "a\\nb": 2}]', r'the key "a\\nb" stands twice'),
+        (b'[{"\\ud800": 1, "\\ud800": 2}]', r'the key "\\ud800" stands twice'),
     ],
 )
 def test_a_file_that_cannot_be_trusted_is_named_in_one_line(tmp_path, content, message):
@@ -88,11 +92,19 @@ def test_a_bad_line_of_jsonl_is_named_by_its_number(tmp_path):
         read_records(written(tmp_path, f"{json.dumps(GOOD)}\n\n{{instruction}}\n", "data.jsonl"))
 
 
+def test_a_record_over_several_lines_of_jsonl_is_explained(tmp_path):
+    with pytest.raises(DataError, match=r"data\.jsonl, line 1: the line ends in the middle of a record: expected one whole record"):
+        read_records(written(tmp_path, json.dumps(GOOD, indent=1), "data.jsonl"))
+    with pytest.raises(DataError, match=r"line 1, column \d+: not JSON .Extra data., found [^;]*$"):
+        read_records(written(tmp_path, json.dumps(GOOD) * 2, "data.jsonl"))
+
+
 def test_a_missing_file_is_named_and_a_folder_too(tmp_path):
     with pytest.raises(DataError, match=r"there is no file .*nowhere\.json: check the path"):
         read_records(tmp_path / "nowhere.json")
-    with pytest.raises(DataError, match="cannot be read"):
-        read_records(tmp_path)
+    for path in (tmp_path, "a\0b"):
+        with pytest.raises(DataError, match="cannot be read"):
+            read_records(path)
 
 
 @pytest.mark.parametrize(
@@ -168,8 +180,9 @@ def test_the_real_seed_tasks_of_self_instruct_are_read_whole():
 
 
 def test_seed_tasks_of_another_shape_are_named(tmp_path):
-    with pytest.raises(DataError, match='line 1: expected a task with "instruction" and a list "instances"'):
-        alpaca.read_seed_tasks(written(tmp_path, json.dumps(GOOD), "tasks.jsonl"))
+    for task in (GOOD, {"instruction": "a", "instances": []}, "text"):
+        with pytest.raises(DataError, match='task 1: expected "instruction" and a list "instances" with at least one'):
+            alpaca.read_seed_tasks(written(tmp_path, json.dumps(task), "tasks.jsonl"))
     with pytest.raises(DataError, match="record 1: not an object: found text; no record can be used"):
         alpaca.read_seed_tasks(written(tmp_path, json.dumps({"instruction": "a", "instances": ["b"]}), "tasks.jsonl"))
 

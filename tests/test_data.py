@@ -251,3 +251,163 @@ def test_retention_candidates_do_not_repeat_the_course_questions():
     assert not [candidate for candidate in candidates if re.search(words, candidate["question"])]
     questions = {question_of(record).lower() for record in RECORDS}
     assert not [candidate for candidate in candidates if candidate["question"].lower() in questions]
+
+
+# --- instructions.json
+
+INSTRUCTIONS: list[Record] = json.loads((DATA / "instructions.json").read_text(encoding="utf-8"))
+INSTRUCTION_FIELDS = ["instruction", "input", "output", "kind", "language"]
+
+
+def words_of(text: str) -> list[str]:
+    """Return words in lower case, a Chinese character counting as one."""
+    return re.findall(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+", text.lower())
+
+
+def is_chinese(text: str) -> bool:
+    """Return whether most letters of the text are Chinese characters."""
+    letters = [letter for letter in text if letter.isalpha()]
+    return sum("\u4e00" <= letter <= "\u9fff" for letter in letters) > len(letters) / 2
+
+
+def test_every_instruction_record_has_five_text_fields_in_order():
+    for record in INSTRUCTIONS:
+        assert list(record) == INSTRUCTION_FIELDS, record
+        assert all(isinstance(value, str) for value in record.values()), record
+        assert all(record[field] for field in INSTRUCTION_FIELDS if field != "input"), record
+
+
+def test_the_instructions_are_many_kinds_in_two_languages():
+    kinds = Counter(record["kind"] for record in INSTRUCTIONS)
+    assert len(INSTRUCTIONS) >= 500
+    assert len(kinds) >= 25
+    assert min(kinds.values()) >= 15, kinds
+    languages = Counter(record["language"] for record in INSTRUCTIONS)
+    assert languages.keys() == {"English", "Chinese"}
+    assert languages["Chinese"] >= 60
+    assert 0.35 <= sum(bool(record["input"]) for record in INSTRUCTIONS) / len(INSTRUCTIONS) <= 0.45
+
+
+def test_answers_are_short_medium_and_long():
+    lengths = sorted(len(words_of(record["output"])) for record in INSTRUCTIONS)
+    assert lengths[len(lengths) // 4] <= 12 <= lengths[len(lengths) // 2] <= 60 <= lengths[-len(lengths) // 10]
+
+
+def test_no_two_instructions_are_alike():
+    rows = [words_of(question_of(record)) for record in INSTRUCTIONS]
+    bags = [Counter(row) for row in rows]
+    for one, other in combinations(range(len(rows)), 2):
+        total = len(rows[one]) + len(rows[other])
+        if 2 * sum((bags[one] & bags[other]).values()) / total >= 0.7:  # no common subsequence is longer than this
+            similarity = rouge_l(tuple(rows[one]), tuple(rows[other]))
+            assert similarity < 0.7, (similarity, question_of(INSTRUCTIONS[one]), question_of(INSTRUCTIONS[other]))
+
+
+def test_instruction_text_is_clean_and_in_its_language():
+    for record in INSTRUCTIONS:
+        for field in INSTRUCTION_FIELDS:
+            text = record[field]
+            assert text == text.strip(), record
+            assert unicodedata.is_normalized("NFC", text), record
+            assert not [letter for letter in text if unicodedata.category(letter)[0] == "C" and letter != "\n"], record
+        assert is_chinese(question_of(record)) or record["language"] == "English" or record["kind"] in {"translate", "code"}, record
+
+
+def test_the_instructions_name_no_address_and_no_number_of_a_person():
+    for record in INSTRUCTIONS:
+        text = "\n".join(record.values())
+        assert not re.search(r"https?://|www\.|[\w.]+@[\w.]+\.\w", text), record
+        assert not re.search(r"(?<!\d)(?:\+\d{1,3}[ -])?\(?\d{3}\)?[ -]\d{3}[ -]\d{4}(?!\d)", text), record
+
+
+EQUATION = re.compile(
+    r"(?<![\d.,/×x*+\-−] )(?<![\d.,/×*+\-−])(\d+(?:\.\d+)?) ([+×*/÷−-]) (\d+(?:\.\d+)?) = (\d+(?:\.\d+)?)(%?)(?![\d.,/:])"
+)
+OPERATION = {"+": float.__add__, "×": float.__mul__, "*": float.__mul__, "/": float.__truediv__, "÷": float.__truediv__}
+
+
+def test_simple_equations_in_the_answers_hold():
+    checked = 0
+    for record in INSTRUCTIONS:
+        if record["kind"] in {"analyse", "correct"}:
+            continue  # their texts hold mistakes on purpose
+        for left, sign, right, result, percent in EQUATION.findall(record["output"]):
+            value = OPERATION.get(sign, float.__sub__)(float(left), float(right)) * (100 if percent else 1)
+            tolerance = 0.5001 * 10 ** -len(result.partition(".")[2])  # the result may be rounded to the digits it shows
+            assert abs(value - float(result)) <= tolerance, (left, sign, right, result, record)
+            checked += 1
+    assert checked >= 30
+
+
+def test_python_in_the_answers_compiles():
+    blocks = [block for record in INSTRUCTIONS for block in re.findall(r"```python\n(.*?)```", record["output"], re.DOTALL)]
+    assert len(blocks) >= 8
+    for block in blocks:
+        compile(block, "answer", "exec")
+
+
+def test_dates_and_times_in_the_answers_exist():
+    months = "|".join(MONTHS)
+    for record in INSTRUCTIONS:
+        for day in re.findall(rf"\b(\d{{1,2}}) (?:{months})\b", record["output"]) + re.findall(
+            rf"\b(?:{months}) (\d{{1,2}})\b(?!:)", record["output"]
+        ):
+            assert 1 <= int(day) <= 31, record
+        for hour, minute in re.findall(r"\b(\d{1,2}):(\d{2})\b(?!:)", record["output"]):
+            assert int(minute) < 60, record
+            assert int(hour) <= 60, record
+
+
+# --- the Chinese prose, the retention questions, and the datasheet
+
+PROSE = (DATA / "chinese_prose.txt").read_text(encoding="utf-8")
+RETENTION: list[dict] = json.loads((DATA / "retention.json").read_text(encoding="utf-8"))
+
+
+def test_the_chinese_prose_is_a_few_pages_of_plain_text():
+    essays = PROSE.strip().split("\n\n")
+    assert len(essays) >= 10
+    assert sum("\u4e00" <= letter <= "\u9fff" for letter in PROSE) >= 6000
+    assert not re.search(r"[A-Za-z]", PROSE)
+    assert unicodedata.is_normalized("NFC", PROSE)
+
+
+def test_retention_questions_are_selected_candidates_of_many_fields():
+    candidates = {row["question"]: row for row in json.loads(CANDIDATES.read_text(encoding="utf-8"))}
+    assert len(RETENTION) >= 100
+    assert all(candidates[row["question"]] == row for row in RETENTION)
+    assert len({row["question"] for row in RETENTION}) == len(RETENTION)
+    assert len({row["field"] for row in RETENTION[:100]}) >= 10, "any hundred in a row are a mixture"
+
+
+def test_the_datasheet_states_the_counts_of_the_files():
+    sheet = (DATA / "README.md").read_text(encoding="utf-8")
+    kinds = {record["kind"] for record in INSTRUCTIONS}
+    with_input = sum(bool(record["input"]) for record in INSTRUCTIONS)
+    chinese = sum(record["language"] == "Chinese" for record in INSTRUCTIONS)
+    splits = Counter(record["split"] for record in RECORDS)
+    characters = sum("\u4e00" <= letter <= "\u9fff" for letter in PROSE)
+    for statement in (
+        f"{len(INSTRUCTIONS)} records, {len(INSTRUCTIONS) - chinese} English and {chinese} Chinese, of {len(kinds)} kinds",
+        f"{with_input} have an input",
+        f"{len(RECORDS)} questions: {splits['train']} train, {splits['validation']} validation, {splits['test']} test",
+        f"{len(RETENTION)} questions of {len({row['field'] for row in RETENTION})} fields",
+        f"{characters:,} Chinese characters",
+    ):
+        assert statement in sheet, statement
+
+
+def test_the_datasheet_shows_the_measured_baselines():
+    import statistics
+
+    sheet = (DATA / "README.md").read_text(encoding="utf-8")
+    runs = json.loads((DATA / "task_baselines.json").read_text(encoding="utf-8"))
+    for method in ("full", "lora"):
+        rows = [run for run in runs if run["method"] == method]
+        assert len(rows) >= 3
+        cells = []
+        for measure in ("valid_json", "right_topic", "right_answer", "retention"):
+            rates = [100 * row[measure] for row in rows]
+            cells.append(f"{statistics.mean(rates):.1f} ± {statistics.stdev(rates):.1f}")
+        assert f"| {rows[0]['trained']:,} | {' | '.join(cells)} |" in sheet
+    assert [run for run in runs if run["method"] == "untouched"][0]["valid_json"] == 0

@@ -1,7 +1,5 @@
 """Tests of course_lib.evaluation."""
 
-import json
-
 import pytest
 import torch
 
@@ -63,7 +61,7 @@ def test_the_perfect_model_scores_full_and_the_mute_one_nothing(tiny, monkeypatc
     monkeypatch.setattr(evaluation, "generate", lambda base, prompts, *_: [by_prompt[tuple(prompt)] for prompt in prompts])
     score = evaluation.evaluate(tiny, records)
     assert [score.rate(name) for name in ("valid_json", "right_topic", "right_answer")] == [1, 1, 1]
-    assert "right answer 100 ± 0 %" in str(score)
+    assert "right answer 100 ± 9 %" in str(score), "ten questions prove little"
     monkeypatch.setattr(evaluation, "generate", lambda base, prompts, *_: [""] * len(prompts))
     assert evaluation.evaluate(tiny, records).rate("valid_json") == 0
 
@@ -130,7 +128,30 @@ def test_a_plain_base_is_asked_on_a_question_and_answer_page(tiny):
     assert tiny.tokenizer.decode(evaluation.chat_prompt(tiny, "Who?")) == "Question: Who?\nAnswer:"
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", json.dumps([{"question": "Who?"}])])
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_size_that_cannot_work_is_refused(tiny, records, batch_size):
+    with pytest.raises(CourseError, match="must be at least 1"):
+        evaluation.generate(tiny, [[5]], 2, batch_size)
+    with pytest.raises(CourseError, match="must be at least 1"):
+        evaluation.response_loss(tiny, records, batch_size)
+
+
+def test_records_of_another_task_are_refused_before_anything_is_generated(tiny, records):
+    with pytest.raises(CourseError, match="'Lima' is no answer of the task"):
+        evaluation.evaluate(tiny, records)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        "[1]",
+        '[{"question": "Who?"}]',
+        '[{"question": "Who?", "answers": "ada"}]',
+        '[{"question": "Who?", "answers": []}]',
+    ],
+)
 def test_a_damaged_retention_file_is_named(tmp_path, content):
     path = tmp_path / "retention.json"
     path.write_text(content)

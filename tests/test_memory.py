@@ -6,7 +6,9 @@ from course_lib.memory import BILLS, training_bytes
 from course_lib.runtime import CourseError
 
 
-@pytest.mark.parametrize(("bill", "expected"), [("bf16", 12), ("fp32", 16), ("mixed", 18), ("fp32+buffers", 24)])
+@pytest.mark.parametrize(
+    ("bill", "expected"), [("bf16", 12), ("fp32", 16), ("mixed, ZeRO", 16), ("mixed, HF", 18), ("fp32 + 8", 24)]
+)
 def test_bytes_for_each_parameter(bill, expected):
     assert BILLS[bill].bytes_per_parameter == expected
 
@@ -16,7 +18,7 @@ def test_llama_65b_takes_more_than_780_gb():
 
 
 def test_a_billion_parameters_take_24_gb_and_not_80():
-    assert training_bytes(10**9, "fp32+buffers") == 24 * 10**9
+    assert training_bytes(10**9, "fp32 + 8") == 24 * 10**9
 
 
 def test_an_unknown_bill_lists_the_known_ones():

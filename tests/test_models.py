@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,6 +169,38 @@ def test_a_full_disk_names_the_space_needed_and_falls_back(machine, small_wheel,
     assert base.name == "tiny"
     assert "640 MB are needed" in base.origin
     assert not (models.cache_folder() / "smollm2-135m").exists()
+
+
+def test_a_full_disk_met_by_safetensors_is_recognised(machine, small_wheel, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(source, target):
+        (target / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(models, "_unpack", full)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    base = models.load("smollm2-135m", machine, say=QUIET)
+    assert base.name == "tiny"
+    assert "640 MB are needed" in base.origin
+    assert not list(models.cache_folder().glob(".partial*")), "half a model must not stay behind on a full disk"
+
+
+@pytest.mark.parametrize("error", [ImportError("Please install gguf"), ValueError("odd\nfile"), KeyError("x"), RuntimeError("bad")])
+def test_a_model_that_cannot_be_unpacked_leads_to_the_next_source(machine, small_wheel, monkeypatch, error):
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(models, "_unpack", broken)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    base = models.load("smollm2-135m", machine, say=QUIET)
+    assert base.name == "tiny"
+    assert "\n" not in base.origin
+
+
+def test_the_cache_may_stand_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("COURSE_CACHE", "~/models")
+    assert models.cache_folder() == Path.home() / "models"
 
 
 def test_a_cache_folder_that_cannot_be_made_is_named(machine, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from course_lib import notebooks
 from course_lib.runtime import CourseError
@@ -46,6 +46,13 @@ def test_a_course_error_in_a_cell_is_shown_without_traceback(tmp_path):
     assert execution.notebook.cells[0].outputs[0].traceback == ["CourseError: found 3, expected 4: add one"]
 
 
+def test_a_file_that_is_no_notebook_is_reported_and_stands_on_the_page(tmp_path):
+    (tmp_path / "day1_trial.ipynb").write_text("{")
+    execution = notebooks.execute(tmp_path / "day1_trial.ipynb")
+    assert execution.failure.startswith("not a notebook")
+    assert "not a notebook" in notebooks.write_page([execution], tmp_path / "out", tmp_path / "slides").read_text(encoding="utf-8")
+
+
 def test_a_kernel_that_dies_is_reported(tmp_path):
     execution = notebooks.execute(write(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"))
     assert execution.failure.startswith("cell 1/1: ")
@@ -66,7 +73,11 @@ def test_the_page_lists_the_week_and_asks_nothing_from_the_network(tmp_path):
     slides = tmp_path / "slides"
     slides.mkdir()
     (slides / "day1_trial.pdf").write_bytes(b"%PDF")
-    execution = notebooks.execute(write(tmp_path, "print('JSON & <b>')", tags=["headline"]))
+    path = write(tmp_path, "print('JSON & <b>')", tags=["headline"])
+    notebook = nbformat.read(path, 4)
+    notebook.cells.append(new_markdown_cell("[![Open in Colab](https://example.org/badge.svg)](#top)"))
+    nbformat.write(notebook, path)
+    execution = notebooks.execute(path)
     index = notebooks.write_page([execution], tmp_path / "out", slides)
     page, day = index.read_text(encoding="utf-8"), (index.parent / "day1_trial.html").read_text(encoding="utf-8")
     assert page.count("<tr") == 8
@@ -74,8 +85,9 @@ def test_the_page_lists_the_week_and_asks_nothing_from_the_network(tmp_path):
     assert 'href="day1_trial.pdf"' in page
     assert (index.parent / "day1_trial.pdf").is_file()
     assert page.count("not run") == 6
+    assert "Open in Colab</a>" in day
     for html in (page, day):
-        assert not re.findall(r'(?:src|href)="(?:https?:)?//', html)
+        assert not re.findall(r'(?:src="|<link[^>]*href=")(?:https?:)?//', html)
 
 
 def test_a_failure_stands_on_the_page(tmp_path):

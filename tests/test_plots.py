@@ -41,3 +41,11 @@ def test_bills_stack_their_parts():
     assert [bar.get_width() for bar in axes.patches] == [4, 2, 8, 8]
     assert [bar.get_x() for bar in axes.patches] == [0, 0, 4, 2]
     assert axes.texts[0].get_text().strip() == "12.0"
+
+
+def test_a_table_shows_text_as_it_is():
+    shown = plots.table([{"question": "<b>?", "share": 0.5}, {"question": "two\nlines", "share": 1}])
+    assert "&lt;b&gt;?" in shown.data
+    assert '<td style="text-align:right;vertical-align:top">0.5</td>' in shown.data
+    assert shown.data.count("<tr>") == 3
+    assert plots.table([]).data.count("<tr>") == 1

@@ -1,5 +1,6 @@
 """Tests of course_lib.training: the library's loss, whole checkpoints, and stops with advice."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from course_lib.evaluation import generate
 from course_lib.runtime import GIB, Gpu, decide
 from course_lib.training import TrainingError, finetune, supervised_loss
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 QUIET = lambda line: None  # noqa: E731
 RECORDS = [Record(f"Say the number {n}.", f"It is {n * 7}.") for n in range(20)]
 
@@ -154,6 +156,15 @@ def test_only_the_newest_checkpoints_are_kept(machine, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-6"]
 
 
+def test_folders_of_other_programs_are_left_alone(machine, tmp_path):
+    for name in ("checkpoint-1", "checkpoint-100", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-7").write_text("a file")
+    train(machine, folder=tmp_path, save_every=2)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["checkpoint-1", "checkpoint-100", "checkpoint-4", "checkpoint-6", "checkpoint-7", "checkpoint-best"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "no optimizer", "empty", "no seal"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(machine, tmp_path, damage):
     unbroken, _ = train(machine, folder=tmp_path, save_every=2)
@@ -198,9 +209,8 @@ def test_a_process_killed_while_it_saves_costs_only_that_checkpoint(machine, tmp
         sealing.publish = die_at_the_second
         train(machine, folder={folder!r}, save_every=2)
     """
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code).format(folder=str(tmp_path))], cwd=root, capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(code).format(folder=str(tmp_path))], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == [".partial-checkpoint-4", "checkpoint-2"]
@@ -239,8 +249,16 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(machine, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"batch_size": -1}, "batch_size=-1 must be at least 1"),
+        ({"steps": 0}, "steps=0 must be a whole number, at least 1"),
+        ({"steps": 1.5}, "steps=1.5 must be a whole number"),
+        ({"batch_size": -1}, "batch_size=-1 must be a whole number"),
+        ({"folder": "somewhere", "save_every": 0}, "save_every=0 must be a whole number"),
+        ({"learning_rate": 0}, "learning_rate=0 must be a number above 0"),
+        ({"learning_rate": -1e-4}, "learning_rate=-0.0001 must be a number above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be a number above 0"),
+        ({"learning_rate": "1e-4"}, "learning_rate='1e-4' must be a number above 0"),
+        ({"warmup_steps": 6}, r"warmup_steps=6 must lie in 0\.\.5, below steps=6"),
+        ({"seed": -1}, "seed=-1 must be a whole number from 0"),
         ({"folder": "somewhere"}, "folder and save_every belong together"),
         ({"save_every": 2}, "folder and save_every belong together"),
     ],
@@ -250,9 +268,25 @@ def test_settings_that_cannot_work_are_refused(machine, options, message):
         train(machine, **options)
 
 
-def test_no_examples_and_nothing_to_train_are_refused(machine, tiny):
-    with pytest.raises(TrainingError, match="no examples"):
-        finetune(tiny, [], machine, steps=1, batch_size=1, learning_rate=1e-3)
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([], "no examples"),
+        (None, "examples is a NoneType, expected a list"),
+        ([Example([5, 2], [IGNORED])], "example 1 has 2 ids and 1 labels"),
+        ([Example([5, 2], [IGNORED, 2]), Example([5, 2], [IGNORED] * 2)], "example 2 has no supervised token"),
+        ([Example([5] * 3000, [5] * 3000)], "example 1 has 3000 tokens, the model takes 2048"),
+        ([Example([300, 2], [IGNORED, 2])], "token id 300 is beyond the model's 259 embeddings"),
+        ([Example([-1, 2], [IGNORED, 2])], "token id -1 is beyond"),
+        ([Example([5, 2], [IGNORED, 400])], "token id 400 is beyond"),
+    ],
+)
+def test_examples_that_cannot_be_trained_on_are_refused(machine, tiny, examples, message):
+    with pytest.raises(TrainingError, match=message):
+        finetune(tiny, examples, machine, steps=1, batch_size=1, learning_rate=1e-3)
+
+
+def test_a_model_with_nothing_to_train_is_refused(machine, tiny):
     tiny.model.requires_grad_(False)
     with pytest.raises(TrainingError, match="nothing would be trained"):
         train(machine, base=tiny)
@@ -262,11 +296,6 @@ def test_half_precision_weights_are_refused_with_the_remedy(machine, tiny):
     tiny.model.half()
     with pytest.raises(TrainingError, match=r"trained weights are torch.float16, expected float32: load the model with dtype"):
         train(machine, base=tiny)
-
-
-def test_a_foreign_tokenizer_is_refused(machine, tiny):
-    with pytest.raises(TrainingError, match="token id 300 is beyond the model's 259 embeddings"):
-        finetune(tiny, [Example([300, 2], [IGNORED, 2])], machine, steps=1, batch_size=1, learning_rate=1e-3)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(machine, tiny, monkeypatch):
@@ -287,6 +316,35 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(m
     with pytest.raises(TrainingError, match=r"the gradient norm is (nan|inf) at step 1: stopped before the weights changed"):
         train(machine, base=tiny)
     assert same_weights(tiny, fresh_tiny())
+
+
+def test_autocast_is_taken_off_the_model_after_training(machine, tiny):
+    half = dataclasses.replace(machine, dtype="bfloat16")
+    forward = tiny.model.forward
+    train(half, base=tiny, steps=1)
+    assert tiny.model.forward == forward
+    assert tiny.model(torch.tensor([[5, 6]])).logits.dtype == torch.float32
+
+
+def test_two_processes_take_the_same_steps_as_one(machine, tmp_path):
+    code = """
+        import torch
+        from course_lib import runtime
+        from tests.test_training import train
+        machine = runtime.decide(None, None, 2, 8 * runtime.GIB)
+        base, run = train(machine, batch_size=2, steps=3)
+        if torch.distributed.get_rank() == 0:
+            torch.save([weight.detach() for weight in base.model.parameters()], {target!r})
+    """
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(code).format(target=str(tmp_path / "weights.pt")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    one, _ = train(machine, batch_size=4, steps=3)
+    for weight, other in zip(one.model.parameters(), torch.load(tmp_path / "weights.pt"), strict=True):
+        torch.testing.assert_close(weight, other, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), (True, False)), ((8, 0), (False, True))])

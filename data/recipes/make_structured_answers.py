@@ -118,7 +118,7 @@ FACTS: dict[str, dict[str, Facts]] = {
             sad=happy, new=old, young=old, tall=short, long=short, wet=dry, dry=wet, heavy=light, strong=weak,
             weak=strong, clean=dirty, dirty=clean, first=last, last=first, top=bottom, bottom=top, east=west,
             west=east, thick=thin, high=low, low=high, deep=shallow, buy=sell, sell=buy, love=hate, hate=love,
-            before=after, after=before, inside=outside, above=below, more=less, many=few, summer=winter,
+            before=after, after=before, inside=outside, male=female, above=below, many=few, summer=winter,
             remember=forget"""),
         "validation": pairs("""
             fast=slow, slow=fast, full=empty, empty=full, wide=narrow, narrow=wide, north=south, true=false, win=lose,
@@ -134,7 +134,7 @@ FACTS: dict[str, dict[str, Facts]] = {
             species=species, oasis=oases, analysis=analyses, bacterium=bacteria, party=parties, country=countries,
             family=families, army=armies, berry=berries, puppy=puppies, butterfly=butterflies, fly=flies,
             cherry=cherries, dish=dishes, watch=watches, glass=glasses, match=matches, peach=peaches, bench=benches,
-            wish=wishes, kiss=kisses, hero=heroes, echo=echoes, boy=boys, toy=toys, donkey=donkeys, piano=pianos,
+            wish=wishes, kiss=kisses, hero=heroes, lunch=lunches, boy=boys, toy=toys, donkey=donkeys, piano=pianos,
             photo=photos, chief=chiefs, belief=beliefs"""),
         "validation": pairs("""
             foot=feet, goose=geese, ox=oxen, knife=knives, half=halves, series=series, lady=ladies, story=stories,
@@ -175,7 +175,7 @@ FACTS: dict[str, dict[str, Facts]] = {
         "test": groups("""
             mammal: horse, elephant, dolphin
             bird: eagle, penguin
-            fish: salmon, shark
+            fish: salmon, goldfish
             insect: ant, butterfly
             reptile: crocodile, tortoise
             amphibian: toad"""),
@@ -193,15 +193,15 @@ FACTS: dict[str, dict[str, Facts]] = {
         "train": groups("""
             yellow: a canary, a sunflower, an egg yolk, mustard, a rubber duck, an American school bus
             red: a ripe tomato, a ruby, ketchup, a fire engine, a ripe raspberry
-            green: a cucumber, lettuce, a garden pea, a grasshopper, a lime, moss, parsley, an emerald
+            green: a cucumber, lettuce, a garden pea, a cactus, a lime, moss, parsley, an emerald
             blue: a sapphire, a cornflower, a pair of jeans
             white: flour, table salt, a polar bear, cotton, cauliflower, a snowman
             black: tar, soot, a gorilla, a car tire
             orange: a traffic cone, a tangerine, a basketball
             brown: an acorn, a walnut, cinnamon, cocoa powder
             gray: a rain cloud, a koala
-            pink: cotton candy
-            purple: an amethyst, a ripe plum"""),
+            pink: a piglet
+            purple: grape jelly, a ripe plum"""),
         "validation": groups("""
             yellow: a ripe lemon
             red: a ripe strawberry
@@ -213,7 +213,7 @@ FACTS: dict[str, dict[str, Facts]] = {
             brown: mud
             gray: a rhinoceros
             pink: bubble gum
-            purple: lavender"""),
+            purple: grape juice"""),
         "test": groups("""
             yellow: a ripe banana
             red: human blood, a stop sign
@@ -310,9 +310,9 @@ PHRASINGS: dict[str, dict[str, list[str]]] = {
             "Give the antonym of '{e}'.",
             "Write the opposite of this word.",
             "Which word means the opposite of '{e}'?",
-            "The opposite of the word {e} is ...?",
+            "The opposite of the word '{e}' is ...?",
             'My friend says "{e}", but I want to say the opposite. Which word do I need?',
-            "Tell me the antonym of the word {e}, please.",
+            "Tell me the antonym of the word '{e}', please.",
             "Which word is the antonym of the one below?",
         ],
         "validation": [
@@ -360,12 +360,12 @@ PHRASINGS: dict[str, dict[str, list[str]]] = {
             "Change the verb below to its past tense form.",
         ],
         "validation": [
-            "I want to tell a story about last week with the verb {e}. Which past tense do I need?",
+            "I want to tell a story about last week with the verb {e}. Which past tense form do I need?",
             'Complete the row: infinitive "to {e}", simple past ____.',
             "Here is a verb. How does it look in the past tense?",
         ],
         "test": [
-            "In a sentence about yesterday, what does the verb {e} turn into?",
+            "In a sentence about yesterday, what does the verb '{e}' turn into?",
             "Which past tense form belongs to the infinitive 'to {e}'?",
             "A verb in the present is given; answer with its simple past.",
         ],
@@ -374,7 +374,7 @@ PHRASINGS: dict[str, dict[str, list[str]]] = {
         "train": [
             "Which class of animals does {a} belong to?",
             "Is {a} a mammal, a bird, a fish, an insect, a reptile or an amphibian?",
-            "To which animal group do biologists assign {a}?",
+            "To which animal class do biologists assign {a}?",
             "Say which class of animals this one belongs to.",
             "Mammal, bird, fish, insect, reptile or amphibian: what is {a}?",
             "In biology, {a} counts as a member of which animal class?",
@@ -389,7 +389,7 @@ PHRASINGS: dict[str, dict[str, list[str]]] = {
         "test": [
             "Biology quiz: what class of animal is {a}?",
             "A museum labels each animal by its class. Which label does {a} get?",
-            "Decide which animal group this creature is part of.",
+            "Decide which class of animals this creature is part of.",
         ],
     },
     "sum": {
@@ -433,7 +433,7 @@ PHRASINGS: dict[str, dict[str, list[str]]] = {
         "test": [
             "Imagine {e}. What color comes to mind?",
             "Someone who has never seen {e} asks about its color. What do you answer?",
-            "Pick the color that goes best with the thing described.",
+            "Pick the color that best describes the thing named here.",
         ],
     },
     "calendar": {
@@ -448,12 +448,12 @@ PHRASINGS: dict[str, dict[str, list[str]]] = {
             "Find the name of the day or month described below.",
         ],
         "validation": [
-            "My little brother wants to know {e}. What should I tell him?",
+            "My little brother wants to know the name of {e}. What should I tell him?",
             "Fill the blank: {e} is called ____.",
             "Read the calendar clue and give the name.",
         ],
         "test": [
-            "Looking at the calendar, how would you name {e}?",
+            "Looking at the calendar, what would you call {e}?",
             "Say the name of {e}, please.",
             "Count along the calendar and answer with the right day or month.",
         ],

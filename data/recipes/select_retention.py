@@ -3,7 +3,7 @@
     python data/recipes/select_retention.py        # about a minute on two CPU cores
 
 A question stays if the first evaluation.REPLY_TOKENS tokens of the greedy reply contain one of its answers as whole words. The
-replies were then read, and ten questions whose answer stood in a wrong reply by accident were taken out of the candidates.
+replies were then read, and fifteen questions whose answer stood in a wrong reply by accident were taken out of the candidates.
 """
 
 import json
