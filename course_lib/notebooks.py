@@ -155,7 +155,7 @@ def write_page(executions: list[Execution], target: Path, slides: Path) -> Path:
         execution = by_day.get(day)
         if execution:
             html, _ = exporter.from_notebook_node(execution.notebook, {"metadata": {"name": title}})
-            html = re.sub(r'<img src="https?:[^"]*" alt="([^"]*)"[^>]*>', r"\1", html)  # badges, which come from the network
+            html = re.sub(r'<img alt="([^"]*)" src="https?:[^"]*"/?>', r"\1", html)  # badges, which come from the network
             (target / f"{execution.path.stem}.html").write_text(html, encoding="utf-8")
         rows.append(
             {"day": day, "subject": subject, "title": title, "execution": execution, "decks": [deck.name for deck in decks]}
