@@ -410,4 +410,4 @@ def test_the_datasheet_shows_the_measured_baselines():
             rates = [100 * row[measure] for row in rows]
             cells.append(f"{statistics.mean(rates):.1f} ± {statistics.stdev(rates):.1f}")
         assert f"| {rows[0]['trained']:,} | {' | '.join(cells)} |" in sheet
-    assert [run for run in runs if run["method"] == "untouched"][0]["valid_json"] == 0
+    assert next(run for run in runs if run["method"] == "untouched")["valid_json"] == 0

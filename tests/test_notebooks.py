@@ -4,6 +4,8 @@ import ast
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -191,3 +193,27 @@ def test_a_day_runs_on_tiny_where_nothing_can_be_fetched(path, tmp_path, monkeyp
     execution = notebooks.execute(path)
     assert execution.failure == ""
     assert "tiny, a random stand-in that is not trained" in json.dumps(execution.notebook)
+
+
+def test_the_network_is_blocked_while_nbval_runs():
+    code = """
+import socket, urllib.request
+for attempt in (
+    lambda: socket.create_connection(("192.0.2.1", 80), timeout=5),
+    lambda: socket.getaddrinfo("example.org", 80),
+    lambda: urllib.request.urlopen("http://example.org", timeout=5),
+):
+    try:
+        attempt()
+    except OSError as error:
+        assert "blocked in this test" in str(error), error
+    else:
+        raise SystemExit("not blocked")
+assert socket.socket().connect_ex(("192.0.2.1", 80)) != 0
+with socket.create_server(("127.0.0.1", 0)) as server:
+    socket.create_connection(server.getsockname()).close()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "offline")}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "PYTHONPATH=tests/offline" in (ROOT / "Makefile").read_text(encoding="utf-8")
