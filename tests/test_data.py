@@ -386,10 +386,12 @@ def test_the_datasheet_states_the_counts_of_the_files():
     with_input = sum(bool(record["input"]) for record in INSTRUCTIONS)
     chinese = sum(record["language"] == "Chinese" for record in INSTRUCTIONS)
     splits = Counter(record["split"] for record in RECORDS)
+    words = [len(re.findall(r"\w+", record["output"])) for record in INSTRUCTIONS if record["language"] == "English"]
     characters = sum("\u4e00" <= letter <= "\u9fff" for letter in PROSE)
     for statement in (
         f"{len(INSTRUCTIONS)} records, {len(INSTRUCTIONS) - chinese} English and {chinese} Chinese, of {len(kinds)} kinds",
         f"{with_input} have an input",
+        f"Answers are of {min(words)} to {max(words)} words",
         f"{len(RECORDS)} questions: {splits['train']} train, {splits['validation']} validation, {splits['test']} test",
         f"{len(RETENTION)} questions of {len({row['field'] for row in RETENTION})} fields",
         f"{characters:,} Chinese characters",
