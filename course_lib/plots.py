@@ -55,7 +55,7 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]], title: str) -> "Axes"
         bars = axes.bar(left, [100 * row[name] for row in shares.values()], width, label=name, color=colors[place])
         axes.bar_label(bars, fmt="{:.0f}", padding=2)
     axes.set(xticks=range(len(shares)), xticklabels=list(shares), ylabel="% of held-out questions", ylim=(0, 112))
-    axes.legend(frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    axes.legend(frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.18))  # below labels of two lines
     return axes
 
 
