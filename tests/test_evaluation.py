@@ -80,15 +80,20 @@ def test_batched_replies_equal_single_ones_in_the_callers_order(smollm2):
     assert evaluation.generate(smollm2, prompts, 8, batch_size=2) == single
 
 
-def test_response_loss_is_the_mean_over_answer_tokens_whatever_the_batches(tiny, records):
-    losses = []
+def test_the_score_of_answers_is_mean_loss_and_exact_match_whatever_the_batches(tiny, records):
+    records = [*records, Record("Continue.", "The words are fox and cat.", input="The words are")]
+    losses, exact = [], []
     for record in records:
         example = encode(record, tiny.tokenizer)
         log_p = tiny.model(torch.tensor([example.input_ids])).logits[0].log_softmax(-1)
         start = len(example) - len(example.supervised_ids)
         losses += [-log_p[t - 1, example.input_ids[t]].item() for t in range(start, len(example))]
+        exact.append(all(log_p[t - 1].argmax() == example.input_ids[t] for t in range(start, len(example))))
     for batch_size in (1, 3, 64):
-        assert evaluation.response_loss(tiny, records, batch_size) == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+        score = evaluation.score_answers(tiny, records, batch_size)
+        assert score.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+        assert score.exact == exact
+        assert score.rate == sum(exact) / len(exact)
 
 
 def test_evaluating_changes_no_weight_and_no_generator(tiny, records):
@@ -118,13 +123,14 @@ def test_an_unknown_split_and_empty_questions_are_refused(tiny):
         evaluation.evaluate(tiny, [])
     with pytest.raises(CourseError, match="no questions"):
         evaluation.evaluate_retention(tiny, [])
+    with pytest.raises(CourseError, match="no records to score"):
+        evaluation.score_answers(tiny, [])
 
 
-def test_a_plain_base_is_asked_on_a_question_and_answer_page(tiny):
-    assert (
-        tiny.tokenizer.decode(evaluation.chat_prompt(tiny, "Who?")) == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    tiny.tokenizer.chat_template = None
+def test_a_plain_base_is_asked_on_a_question_and_answer_page(tiny, smollm2):
+    asked = smollm2.tokenizer.decode(evaluation.chat_prompt(smollm2, "Who?"))
+    assert asked.endswith("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n")
+    assert tiny.tokenizer.chat_template is None
     assert tiny.tokenizer.decode(evaluation.chat_prompt(tiny, "Who?")) == "Question: Who?\nAnswer:"
 
 
@@ -133,7 +139,7 @@ def test_a_batch_size_that_cannot_work_is_refused(tiny, records, batch_size):
     with pytest.raises(CourseError, match="must be at least 1"):
         evaluation.generate(tiny, [[5]], 2, batch_size)
     with pytest.raises(CourseError, match="must be at least 1"):
-        evaluation.response_loss(tiny, records, batch_size)
+        evaluation.score_answers(tiny, records, batch_size)
 
 
 def test_records_of_another_task_are_refused_before_anything_is_generated(tiny, records):

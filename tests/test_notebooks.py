@@ -192,7 +192,7 @@ def test_a_day_runs_on_tiny_where_nothing_can_be_fetched(path, tmp_path, monkeyp
         monkeypatch.setenv(name, value)
     execution = notebooks.execute(path)
     assert execution.failure == ""
-    assert "tiny, a random stand-in that is not trained" in json.dumps(execution.notebook)
+    assert "tiny, from data/tiny_llama" in json.dumps(execution.notebook)
 
 
 def test_the_network_is_blocked_while_nbval_runs():

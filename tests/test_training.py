@@ -24,7 +24,7 @@ RECORDS = [Record(f"Say the number {n}.", f"It is {n * 7}.") for n in range(20)]
 
 
 def fresh_tiny():
-    return models.Loaded(*models.random_tiny(), "tiny", "made for this test")
+    return models.load("tiny", decide(gpu=None, override=None, cores=2, memory_bytes=8 * GIB))
 
 
 def train(machine, base=None, **options):
@@ -62,7 +62,7 @@ def test_loss_and_gradients_equal_the_librarys(request, name, records):
 
 def test_loss_equals_cross_entropy_written_out(tiny):
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 259, (3, 17), generator=generator)
+    ids = torch.randint(1, 1536, (3, 17), generator=generator)
     labels = torch.where(torch.rand(3, 17, generator=generator) < 0.5, ids, IGNORED)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     log_p = tiny.model(input_ids=ids).logits.log_softmax(-1)
@@ -74,7 +74,7 @@ def test_loss_equals_cross_entropy_written_out(tiny):
 def test_the_loss_leaves_no_hook_behind(tiny, records):
     batch = collate([encode(records[0], tiny.tokenizer)], tiny.tokenizer.pad_token_id)
     supervised_loss(tiny.model, batch)
-    assert tiny.model(input_ids=batch["input_ids"]).logits.shape == (*batch["input_ids"].shape, 259)
+    assert tiny.model(input_ids=batch["input_ids"]).logits.shape == (*batch["input_ids"].shape, 1536)
 
 
 def test_a_batch_without_supervised_tokens_is_refused(tiny):
@@ -276,9 +276,9 @@ def test_settings_that_cannot_work_are_refused(machine, options, message):
         ([Example([5, 2], [IGNORED])], "example 1 has 2 ids and 1 labels"),
         ([Example([5, 2], [IGNORED, 2]), Example([5, 2], [IGNORED] * 2)], "example 2 has no supervised token"),
         ([Example([5] * 3000, [5] * 3000)], "example 1 has 3000 tokens, the model takes 2048"),
-        ([Example([300, 2], [IGNORED, 2])], "token id 300 is beyond the model's 259 embeddings"),
+        ([Example([1536, 2], [IGNORED, 2])], "token id 1536 is beyond the model's 1536 embeddings"),
         ([Example([-1, 2], [IGNORED, 2])], "token id -1 is beyond"),
-        ([Example([5, 2], [IGNORED, 400])], "token id 400 is beyond"),
+        ([Example([5, 2], [IGNORED, 49_000])], "token id 49000 is beyond"),
     ],
 )
 def test_examples_that_cannot_be_trained_on_are_refused(machine, tiny, examples, message):

@@ -1,0 +1,231 @@
+"""Methods compared over seeds on one task: the table of the week, and the sweeps of a day.
+
+    methods = [Method(f"LoRA r={r}", 1e-2, lora(rank=r)) for r in (1, 4, 16)]
+    outcomes = compare(methods, world_task(), machine)
+    plots.table(summary(outcomes))
+
+A seed decides the order of the examples and the random start of what a method adds; the base and the split stay the same. So the
+spread over seeds does not contain the chance in the choice of the test questions, which the standard error of a rate does.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from course_lib import evaluation, models, training, world
+from course_lib.alpaca import DataError, Record
+from course_lib.batching import encode_records
+from course_lib.runtime import CourseError, Machine, data_folder, seed_everything
+
+if TYPE_CHECKING:
+    from course_lib.models import Loaded
+
+SEEDS = (0, 1, 2)
+WEEK_FILE = "table_of_the_week.json"
+MAX_TOKENS = 256
+Prepare = Callable[["Loaded"], None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train. prepare: changes `base.model` before training (freezes it, wraps it, quantises it); None trains all weights.
+
+    learning_rate: None leaves the model as `prepare` made it, for a first row or for quantisation without training
+    mask_prompt: False trains on the prompt, too
+    """
+
+    name: str
+    learning_rate: float | None
+    prepare: Prepare | None = None
+    mask_prompt: bool = True
+
+
+@dataclass(frozen=True)
+class Task:
+    """What methods are compared on. base: a name of `models`; score: named measures of a trained base."""
+
+    base: str
+    train: Sequence[Record]
+    score: Callable[["Loaded"], dict[str, float]]
+    steps: int
+    batch_size: int
+    warmup_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method, one seed. trained: weights with a gradient; seconds and peak_bytes: of training, 0 without it."""
+
+    method: str
+    seed: int
+    trained: int
+    scores: dict[str, float]
+    seconds: float
+    peak_bytes: int
+
+
+def world_task(
+    train: Sequence[Record] | None = None, test: Sequence[Record] | None = None, steps: int = 100, batch_size: int = 16
+) -> Task:
+    """The 18 instruction tasks of the generated world, for `tiny`: response loss and exact match on 540 held-out records."""
+    test = world.read_world("test") if test is None else test
+
+    def score(base: "Loaded") -> dict[str, float]:
+        answers = evaluation.score_answers(base, test)
+        hard = [record.extra.get("task") in world.HARD for record in test]
+        scores = {"response loss": answers.loss, "exact match": answers.rate}
+        if any(hard) and not all(hard):
+            easy = [exact for exact, is_hard in zip(answers.exact, hard, strict=True) if not is_hard]
+            scores["not hard"] = sum(easy) / len(easy)
+        return scores
+
+    return Task("tiny", world.read_world("train") if train is None else train, score, steps, batch_size)
+
+
+def week_task() -> Task:
+    """The task of the week on the small model, with Day 1's recipe: the whole test split, and what is retained."""
+    test, questions = evaluation.read_task("test"), evaluation.read_retention()
+
+    def score(base: "Loaded") -> dict[str, float]:
+        answers = evaluation.evaluate(base, test)
+        return {
+            "response loss": evaluation.score_answers(base, test).loss,
+            "valid JSON": answers.rate("valid_json"),
+            "right topic": answers.rate("right_topic"),
+            "exact match": answers.rate("right_answer"),
+            "retention": evaluation.evaluate_retention(base, questions).rate,
+        }
+
+    return Task("smollm2-135m", evaluation.read_task("train"), score, steps=32, batch_size=4, warmup_steps=3)
+
+
+def lora(rank: int, alpha: float | None = None, targets: str | list[str] = "all-linear") -> Prepare:
+    """peft's LoRA on the linear layers called `targets`; alpha is twice the rank if it is not given."""
+
+    def prepare(base: "Loaded") -> None:
+        from peft import LoraConfig, get_peft_model
+
+        settings = LoraConfig(
+            task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=targets
+        )
+        base.model = get_peft_model(base.model, settings)
+
+    return prepare
+
+
+def compare(
+    methods: Sequence[Method], task: Task, machine: Machine, seeds: Sequence[int] = SEEDS, progress: bool = True
+) -> list[Outcome]:
+    """Train every method with every seed, each from a fresh base, and score it. A method without training is scored once.
+
+    Raises CourseError before the first run if a name stands twice or the task's base cannot be had.
+    """
+    names = [method.name for method in methods]
+    if not methods or not seeds or len(set(names)) < len(names):
+        raise CourseError(
+            f"found {len(methods)} methods called {names} and {len(seeds)} seeds, expected at least one each, all different"
+        )
+    runs = [(method, seed) for method in methods for seed in (seeds if method.learning_rate is not None else seeds[:1])]
+    outcomes = []
+    for method, seed in tqdm(runs, desc="runs", unit="run", file=sys.stdout, disable=not progress):
+        seed_everything(seed)
+        base = models.load(task.base, machine, say=_quiet)
+        if base.name != task.base:
+            raise CourseError(f"this comparison needs {task.base}, found {base.origin}")
+        if method.prepare is not None:
+            method.prepare(base)
+        trained, seconds, peak_bytes = 0, 0.0, 0
+        if method.learning_rate is not None:
+            trained = sum(weight.numel() for weight in base.model.parameters() if weight.requires_grad)
+            examples = encode_records(task.train, base.tokenizer, MAX_TOKENS, mask_prompt=method.mask_prompt).examples
+            run = training.finetune(
+                base,
+                examples,
+                machine,
+                steps=task.steps,
+                batch_size=task.batch_size,
+                warmup_steps=task.warmup_steps,
+                learning_rate=method.learning_rate,
+                seed=seed,
+                progress=False,
+                say=_quiet,
+            )
+            seconds, peak_bytes = run.seconds, run.peak_bytes
+        outcomes.append(Outcome(method.name, seed, trained, task.score(base), seconds, peak_bytes))
+    return outcomes
+
+
+def _quiet(line: str) -> None:
+    pass
+
+
+def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """A row a method: weights trained, every score as mean ± standard deviation over seeds, seconds, peak memory in GB.
+
+    Response loss is in nats, rates are in percent.
+
+    >>> outcomes = [Outcome("LoRA", seed, 8, {"exact match": rate}, 2.0, 10**9) for seed, rate in enumerate((0.5, 0.7))]
+    >>> summary(outcomes)
+    [{'method': 'LoRA', 'trained': '8', 'exact match': '60.0 ± 14.1', 'seconds': '2.0 ± 0.0', 'peak GB': '1.00', 'seeds': 2}]
+    """
+    rows = []
+    for name in dict.fromkeys(outcome.method for outcome in outcomes):
+        runs = [outcome for outcome in outcomes if outcome.method == name]
+        row: dict[str, Any] = {"method": name, "trained": f"{runs[0].trained:,}"}
+        for measure in runs[0].scores:
+            values = [run.scores[measure] for run in runs]
+            row[measure] = spread(values, ".3f") if measure == "response loss" else spread([100 * value for value in values], ".1f")
+        trained = runs[0].seconds > 0
+        row["seconds"] = spread([run.seconds for run in runs], ".1f") if trained else ""
+        row["peak GB"] = f"{max(run.peak_bytes for run in runs) / 1e9:.2f}" if trained else ""
+        rows.append(row | {"seeds": len(runs)})
+    return rows
+
+
+def spread(values: Sequence[float], digits: str) -> str:
+    """Mean ± standard deviation (of a sample); one value stands alone.
+
+    >>> spread([1.0, 2.0, 3.0], ".1f"), spread([1.0], ".1f")
+    ('2.0 ± 1.0', '1.0')
+    """
+    mean = format(statistics.mean(values), digits)
+    return f"{mean} ± {format(statistics.stdev(values), digits)}" if len(values) > 1 else mean
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as a Markdown table, for model cards and datasheets.
+
+    >>> print(markdown([{"method": "LoRA", "seeds": 3}]))
+    | method | seeds |
+    |---|---|
+    | LoRA | 3 |
+    """
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"|{'|'.join(cells)}|" if cells[0] == "---" else f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+def write_outcomes(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Keep outcomes as JSON, numbers rounded to what can be believed."""
+    rows = [asdict(outcome) for outcome in outcomes]
+    for row in rows:
+        row["scores"] = {name: round(value, 4) for name, value in row["scores"].items()}
+        row["seconds"] = round(row["seconds"], 1)
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def read_outcomes(path: Path | None = None) -> list[Outcome]:
+    """Outcomes kept by `write_outcomes`; by default the table of the week."""
+    path = path or data_folder() / WEEK_FILE
+    try:
+        outcomes = [Outcome(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        raise DataError(f"{path} holds no outcomes of experiments: restore it, or measure again as data/README.md says") from None
+    if not outcomes:
+        raise DataError(f"{path} holds no outcomes: measure again as data/README.md says")
+    return outcomes

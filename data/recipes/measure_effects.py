@@ -1,0 +1,222 @@
+"""Measure on the tiny model which effects of the week it shows, three seeds each, for the tables in data/tiny_llama/README.md.
+
+    python data/recipes/measure_effects.py                # all, about 25 minutes on two CPU cores
+    python data/recipes/measure_effects.py quantisation   # one, the others are kept
+
+Writes data/tiny_llama/effects.json: the outcomes by effect. Everything goes through peft and bitsandbytes as they are.
+"""
+
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from course_lib import corpus, evaluation, experiments, models, runtime, training, world
+from course_lib.batching import encode_records
+from course_lib.experiments import SEEDS, Method, Outcome, compare, lora, world_task
+from course_lib.models import Loaded
+from course_lib.runtime import Machine
+
+TARGET = Path(__file__).resolve().parents[1] / "tiny_llama" / "effects.json"
+FULL_RATE, LORA_RATE = 1e-3, 1e-2
+STORY_TOKENS = 200
+
+
+def formats(machine: Machine) -> list[Outcome]:
+    """The untouched base in three formats; right is a reply whose first line is the answer. A seed draws wordings."""
+    base = models.load("tiny", machine)
+    test = [record for record in world.read_world("test") if record.extra["task"] in corpus.ASKED]
+    outcomes = []
+    for name, (wordings, template) in {
+        "Question: ... Answer:": (corpus.QUESTIONS, "Question: {}\nAnswer:"),
+        "Task: ... Text: ... Solution:": (corpus.HEADINGS, "Task: {}\nText: {}\nSolution:"),
+        "Alpaca": (None, ""),
+    }.items():
+        for seed in SEEDS:
+            draw, prompts = random.Random(seed), []
+            for record in test:
+                if wordings is None:
+                    prompts.append(record.prompt)
+                    continue
+                wording = draw.choice(wordings[record.extra["task"]].split(" / "))
+                subject = record.extra["subject"]
+                prompts.append(template.format(wording.format(subject)) if "{}" in wording else template.format(wording, subject))
+            replies = evaluation.generate(base, [base.tokenizer(prompt)["input_ids"] for prompt in prompts], 12)
+            right = [reply.split("\n")[0] == record.output for reply, record in zip(replies, test, strict=True)]
+            easy = [hit for hit, record in zip(right, test, strict=True) if record.extra["task"] not in world.HARD]
+            scores = {"right first line": sum(right) / len(right), "not hard": sum(easy) / len(easy)}
+            outcomes.append(Outcome(name, seed, 0, scores, 0.0, 0))
+            if wordings is None:
+                break  # nothing is drawn
+    return outcomes
+
+
+def fine_tuning(machine: Machine) -> list[Outcome]:
+    return compare([Method("untouched", None), Method("full fine-tuning", FULL_RATE)], world_task(), machine)
+
+
+def prompt_masking(machine: Machine) -> list[Outcome]:
+    rates = (5e-4, 1e-3, 2e-3)
+    return compare(
+        [
+            Method(f"{label}, {rate:g}", rate, mask_prompt=masked)
+            for rate in rates
+            for label, masked in (("answer only", True), ("all tokens", False))
+        ],
+        world_task(),
+        machine,
+    )
+
+
+def lora_rank(machine: Machine) -> list[Outcome]:
+    methods = [Method(f"r={rank}, {LORA_RATE:g}", LORA_RATE, lora(rank)) for rank in (1, 2, 4, 8, 16, 64)]
+    slower = [Method(f"r={rank}, 3e-3", 3e-3, lora(rank)) for rank in (1, 16, 64)]
+    return compare([*methods, *slower], world_task(), machine)
+
+
+def new_vocabulary(machine: Machine) -> list[Outcome]:
+    """A hundred and twenty words that nothing prepares for, trained and tested on the same records: what is asked is memory."""
+    records = world.read_kemic()
+    task = world_task(records, records, steps=300)
+    methods = [Method(f"r={rank}, {LORA_RATE:g}", LORA_RATE, lora(rank)) for rank in (1, 2, 4, 8, 16, 64)]
+    return compare([*methods, Method(f"full fine-tuning, {FULL_RATE:g}", FULL_RATE)], task, machine)
+
+
+def bitsandbytes(kind: str | None, folder: Path | None = None) -> Callable[[Loaded], None]:
+    """Replace the base by one that bitsandbytes has quantised, from `folder` or as it ships. kind: None for float32."""
+
+    def prepare(base: Loaded) -> None:
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        settings = {
+            None: None,
+            "int8": BitsAndBytesConfig(load_in_8bit=True),
+            "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+            "fp4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.float32),
+        }[kind]
+        with runtime.quiet_transformers():
+            base.model = AutoModelForCausalLM.from_pretrained(
+                folder or models.tiny_folder(), quantization_config=settings, dtype=torch.float32
+            )
+
+    return prepare
+
+
+def quantisation(machine: Machine) -> list[Outcome]:
+    """Of three models after full fine-tuning, since the untouched one does not know the format."""
+    task, outcomes = world_task(), []
+    for seed in SEEDS:
+        base = models.load("tiny", machine)
+        examples = encode_records(task.train, base.tokenizer, experiments.MAX_TOKENS).examples
+        training.finetune(base, examples, machine, steps=task.steps, batch_size=task.batch_size, learning_rate=FULL_RATE, seed=seed)
+        with tempfile.TemporaryDirectory() as folder:
+            base.model.save_pretrained(folder)
+            methods = [Method(name, None, bitsandbytes(kind, Path(folder))) for name, kind in KINDS.items()]
+            outcomes += [replace(outcome, seed=seed) for outcome in compare(methods, task, machine)]
+    return outcomes
+
+
+KINDS = {"float32": None, "int8": "int8", "NF4": "nf4", "FP4": "fp4"}
+
+
+def qlora(machine: Machine) -> list[Outcome]:
+    """LoRA r=8 on a base in each format."""
+
+    def on(kind: str | None) -> Callable[[Loaded], None]:
+        def prepare(base: Loaded) -> None:
+            from peft import prepare_model_for_kbit_training
+
+            bitsandbytes(kind)(base)
+            if kind is not None:
+                base.model = prepare_model_for_kbit_training(base.model, use_gradient_checkpointing=False)
+            lora(8)(base)
+
+        return prepare
+
+    return compare([Method(f"LoRA on {name}", LORA_RATE, on(kind)) for name, kind in KINDS.items()], world_task(), machine)
+
+
+def prefix(machine: Machine) -> list[Outcome]:
+    def tuned(projected: bool) -> Callable[[Loaded], None]:
+        def prepare(base: Loaded) -> None:
+            from peft import PrefixTuningConfig, get_peft_model
+
+            settings = PrefixTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=10, prefix_projection=projected, encoder_hidden_size=128
+            )
+            base.model = get_peft_model(base.model, settings)
+
+        return prepare
+
+    methods = [Method(f"prefix, {rate:g}", rate, tuned(False)) for rate in (1e-2, 3e-2, 1e-1, 3e-1)]
+    methods += [Method(f"prefix with MLP, {rate:g}", rate, tuned(True)) for rate in (3e-3, 1e-2, 3e-2)]
+    return compare(methods, world_task(), machine)
+
+
+def repetition(machine: Machine) -> list[Outcome]:
+    """Greedy stories with the end token forbidden; a "seed" is another set of 16 beginnings, since greedy decoding has none."""
+    base = models.load("tiny", machine)
+    settings = {
+        "greedy": {},
+        "repetition penalty 1.2": {"repetition_penalty": 1.2},
+        "repetition penalty 1.5": {"repetition_penalty": 1.5},
+        "no repeated 4-gram": {"no_repeat_ngram_size": 4},
+        "sampling at temperature 1": {"do_sample": True, "top_k": 0},
+    }
+    names = [person.name for person in world.people()]
+    outcomes = []
+    for name, options in settings.items():
+        for seed in SEEDS:
+            runtime.seed_everything(seed)
+            beginnings = [
+                f"One morning, {hero} went to the {corpus.PLACES[i % 10]}."
+                for i, hero in enumerate(names[seed * 16 : seed * 16 + 16])
+            ]
+            rows = []
+            for beginning in beginnings:
+                ids = torch.tensor([base.tokenizer(beginning)["input_ids"]])
+                with torch.inference_mode():
+                    out = base.model.generate(
+                        input_ids=ids,
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=STORY_TOKENS,
+                        min_new_tokens=STORY_TOKENS,
+                        pad_token_id=base.tokenizer.pad_token_id,
+                        **({"do_sample": False} | options),
+                    )
+                rows.append(out[0, ids.shape[1] :].tolist())
+            fours = [[tuple(row[i : i + 4]) for i in range(len(row) - 3)] for row in rows]
+            repeated = sum(1 - len(set(grams)) / len(grams) for grams in fours) / len(fours)
+            outcomes.append(Outcome(name, seed, 0, {"repeated 4-grams": repeated}, 0.0, 0))
+    return outcomes
+
+
+EFFECTS = {
+    effect.__name__: effect
+    for effect in (formats, fine_tuning, prompt_masking, lora_rank, new_vocabulary, quantisation, qlora, prefix, repetition)
+}
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or list(EFFECTS)
+    if unknown := [name for name in wanted if name not in EFFECTS]:
+        raise SystemExit(f"effect {unknown[0]!r} is not known, expected some of {', '.join(EFFECTS)}")
+    machine = runtime.detect()
+    kept = json.loads(TARGET.read_text(encoding="utf-8")) if TARGET.exists() else {}
+    for name in wanted:
+        outcomes = EFFECTS[name](machine)
+        kept[name] = [asdict(outcome) for outcome in outcomes]
+        TARGET.write_text(
+            json.dumps({effect: kept[effect] for effect in EFFECTS if effect in kept}, indent=1) + "\n", encoding="utf-8"
+        )
+        print(f"\n{name}")
+        print(experiments.markdown(experiments.summary(outcomes)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Tests of course_lib.experiments."""
+
+from dataclasses import replace
+
+import pytest
+
+from course_lib import experiments, models, world
+from course_lib.alpaca import DataError
+from course_lib.experiments import Method, Outcome, compare, lora, summary, world_task
+from course_lib.runtime import CourseError
+
+UNTOUCHED, FULL = Method("untouched", None), Method("full fine-tuning", 1e-3)
+
+
+@pytest.fixture(scope="module")
+def small_task():
+    return world_task(world.read_world("train", ["plural"]), world.read_world("test", ["plural", "kind"]), steps=4, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def outcomes(small_task, machine):
+    return compare([UNTOUCHED, FULL, Method("LoRA r=2", 1e-2, lora(rank=2))], small_task, machine, seeds=(0, 1), progress=False)
+
+
+def test_every_method_runs_with_every_seed_and_the_untouched_base_once(outcomes):
+    assert [(outcome.method, outcome.seed) for outcome in outcomes] == [
+        ("untouched", 0),
+        ("full fine-tuning", 0),
+        ("full fine-tuning", 1),
+        ("LoRA r=2", 0),
+        ("LoRA r=2", 1),
+    ]
+
+
+def test_trained_weights_are_counted(outcomes):
+    linears = 4 * (4 * (128 + 128) + 3 * (128 + 352))  # d_in + d_out of the seven linear layers in each of four blocks
+    assert {outcome.method: outcome.trained for outcome in outcomes} == {
+        "untouched": 0,
+        "full fine-tuning": 1_000_576,
+        "LoRA r=2": 2 * linears,
+    }
+
+
+def test_seeds_differ_and_are_repeatable(outcomes, small_task, machine):
+    assert outcomes[1].scores != outcomes[2].scores
+    again = compare([FULL], small_task, machine, seeds=(1,), progress=False)
+    assert again[0].scores == outcomes[2].scores
+
+
+def test_training_pays_and_starts_from_a_fresh_base_each_time(outcomes, small_task, machine):
+    untouched = outcomes[0].scores["response loss"]
+    assert all(outcome.scores["response loss"] < untouched for outcome in outcomes[1:])
+    assert compare([UNTOUCHED], small_task, machine, progress=False)[0].scores == outcomes[0].scores
+
+
+def test_a_prompt_can_be_trained_on(small_task, machine):
+    masked, unmasked = compare(
+        [FULL, Method("all tokens", 1e-3, mask_prompt=False)], small_task, machine, seeds=(0,), progress=False
+    )
+    assert masked.scores != unmasked.scores
+    assert masked.trained == unmasked.trained
+
+
+def test_hard_tasks_are_left_out_of_one_measure(machine):
+    task = world_task(test=world.read_world("test", ["reverse", "plural"]))
+    base = models.load("tiny", machine)
+    scores = task.score(base)
+    assert set(scores) == {"response loss", "exact match", "not hard"}
+    assert "not hard" not in world_task(test=world.read_world("test", ["reverse"])).score(base)
+
+
+def test_a_summary_shows_mean_and_spread_in_percent_and_nats():
+    runs = [
+        Outcome("A", seed, 10, {"response loss": loss, "exact match": rate}, 3.0, 2 * 10**9)
+        for seed, loss, rate in ((0, 0.5, 0.8), (1, 0.7, 0.6))
+    ]
+    assert summary([Outcome("base", 0, 0, {"response loss": 2.0, "exact match": 0.0}, 0.0, 0), *runs]) == [
+        {
+            "method": "base",
+            "trained": "0",
+            "response loss": "2.000",
+            "exact match": "0.0",
+            "seconds": "",
+            "peak GB": "",
+            "seeds": 1,
+        },
+        {
+            "method": "A",
+            "trained": "10",
+            "response loss": "0.600 ± 0.141",
+            "exact match": "70.0 ± 14.1",
+            "seconds": "3.0 ± 0.0",
+            "peak GB": "2.00",
+            "seeds": 2,
+        },
+    ]
+
+
+def test_outcomes_survive_the_file(tmp_path, outcomes):
+    experiments.write_outcomes(outcomes, tmp_path / "outcomes.json")
+    kept = experiments.read_outcomes(tmp_path / "outcomes.json")
+    assert [replace(run, scores={}, seconds=0) for run in kept] == [replace(run, scores={}, seconds=0) for run in outcomes]
+    assert summary(kept)[0]["exact match"] == summary(outcomes)[0]["exact match"]
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '[{"method": "A"}]', '["A"]'])
+def test_a_file_without_outcomes_is_named(tmp_path, content):
+    path = tmp_path / "outcomes.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=r"outcomes.json holds no outcomes of experiments: restore it"):
+        experiments.read_outcomes(path)
+
+
+def test_mistakes_are_named_before_the_first_run(small_task, machine):
+    with pytest.raises(CourseError, match="found 2 methods called .* expected at least one each, all different"):
+        compare([FULL, FULL], small_task, machine)
+    with pytest.raises(CourseError, match="found 0 methods"):
+        compare([], small_task, machine)
+    with pytest.raises(CourseError, match="and 0 seeds"):
+        compare([FULL], small_task, machine, seeds=())
+
+
+def test_a_base_that_cannot_be_had_is_named(small_task, machine, monkeypatch):
+    tiny = models.load("tiny", machine)
+    monkeypatch.setattr(models, "load", lambda *arguments, **options: tiny)
+    with pytest.raises(CourseError, match="this comparison needs smollm2-135m, found tiny"):
+        compare([FULL], replace(small_task, base="smollm2-135m"), machine)
+
+
+def test_the_task_of_the_week_is_day_ones_recipe():
+    task = experiments.week_task()
+    assert (task.base, len(task.train), task.steps, task.batch_size) == ("smollm2-135m", 440, 32, 4)
