@@ -109,7 +109,7 @@ class AnswerScore:
     exact: list[bool]
 
     @property
-    def rate(self) -> float:
+    def exact_rate(self) -> float:
         """Exact match: the share of records whose greedy reply is the answer, token for token."""
         return sum(self.exact) / len(self.exact)
 

@@ -93,7 +93,7 @@ def test_the_score_of_answers_is_mean_loss_and_exact_match_whatever_the_batches(
         score = evaluation.score_answers(tiny, records, batch_size)
         assert score.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
         assert score.exact == exact
-        assert score.rate == sum(exact) / len(exact)
+        assert score.exact_rate == sum(exact) / len(exact)
 
 
 def test_evaluating_changes_no_weight_and_no_generator(tiny, records):

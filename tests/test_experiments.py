@@ -5,21 +5,23 @@ from dataclasses import replace
 import pytest
 
 from course_lib import experiments, models, world
-from course_lib.alpaca import DataError
-from course_lib.experiments import Method, Outcome, compare, lora, summary, world_task
+from course_lib.alpaca import DataError, Record
+from course_lib.experiments import Method, Outcome, compare, lora, summary, world_experiment
 from course_lib.runtime import CourseError
 
 UNTOUCHED, FULL = Method("untouched", None), Method("full fine-tuning", 1e-3)
 
 
 @pytest.fixture(scope="module")
-def small_task():
-    return world_task(world.read_world("train", ["plural"]), world.read_world("test", ["plural", "kind"]), steps=4, batch_size=4)
+def plurals():
+    return world_experiment(
+        world.read_world("train", ["plural"]), world.read_world("test", ["plural", "kind"]), steps=4, batch_size=4
+    )
 
 
 @pytest.fixture(scope="module")
-def outcomes(small_task, machine):
-    return compare([UNTOUCHED, FULL, Method("LoRA r=2", 1e-2, lora(rank=2))], small_task, machine, seeds=(0, 1), progress=False)
+def outcomes(plurals, machine):
+    return compare([UNTOUCHED, FULL, Method("LoRA r=2", 1e-2, lora(rank=2))], plurals, machine, seeds=(0, 1), progress=False)
 
 
 def test_every_method_runs_with_every_seed_and_the_untouched_base_once(outcomes):
@@ -33,40 +35,40 @@ def test_every_method_runs_with_every_seed_and_the_untouched_base_once(outcomes)
 
 
 def test_trained_weights_are_counted(outcomes):
-    linears = 4 * (4 * (128 + 128) + 3 * (128 + 352))  # d_in + d_out of the seven linear layers in each of four blocks
+    linears = 4 * (4 * (128 + 128) + 3 * (128 + 384))  # d_in + d_out of the seven linear layers in each of four blocks
     assert {outcome.method: outcome.trained for outcome in outcomes} == {
         "untouched": 0,
-        "full fine-tuning": 1_000_576,
+        "full fine-tuning": 1_049_728,
         "LoRA r=2": 2 * linears,
     }
 
 
-def test_seeds_differ_and_are_repeatable(outcomes, small_task, machine):
+def test_seeds_differ_and_are_repeatable(outcomes, plurals, machine):
     assert outcomes[1].scores != outcomes[2].scores
-    again = compare([FULL], small_task, machine, seeds=(1,), progress=False)
+    again = compare([FULL], plurals, machine, seeds=(1,), progress=False)
     assert again[0].scores == outcomes[2].scores
 
 
-def test_training_pays_and_starts_from_a_fresh_base_each_time(outcomes, small_task, machine):
+def test_training_pays_and_starts_from_a_fresh_base_each_time(outcomes, plurals, machine):
     untouched = outcomes[0].scores["response loss"]
     assert all(outcome.scores["response loss"] < untouched for outcome in outcomes[1:])
-    assert compare([UNTOUCHED], small_task, machine, progress=False)[0].scores == outcomes[0].scores
+    assert compare([UNTOUCHED], plurals, machine, progress=False)[0].scores == outcomes[0].scores
 
 
-def test_a_prompt_can_be_trained_on(small_task, machine):
+def test_a_prompt_can_be_trained_on(plurals, machine):
     masked, unmasked = compare(
-        [FULL, Method("all tokens", 1e-3, mask_prompt=False)], small_task, machine, seeds=(0,), progress=False
+        [FULL, Method("all tokens", 1e-3, mask_prompt=False)], plurals, machine, seeds=(0,), progress=False
     )
     assert masked.scores != unmasked.scores
     assert masked.trained == unmasked.trained
 
 
 def test_hard_tasks_are_left_out_of_one_measure(machine):
-    task = world_task(test=world.read_world("test", ["reverse", "plural"]))
+    task = world_experiment(test=world.read_world("test", ["reverse", "plural"]))
     base = models.load("tiny", machine)
     scores = task.score(base)
     assert set(scores) == {"response loss", "exact match", "not hard"}
-    assert "not hard" not in world_task(test=world.read_world("test", ["reverse"])).score(base)
+    assert "not hard" not in world_experiment(test=world.read_world("test", ["reverse"])).score(base)
 
 
 def test_a_summary_shows_mean_and_spread_in_percent_and_nats():
@@ -112,22 +114,28 @@ def test_a_file_without_outcomes_is_named(tmp_path, content):
         experiments.read_outcomes(path)
 
 
-def test_mistakes_are_named_before_the_first_run(small_task, machine):
-    with pytest.raises(CourseError, match="found 2 methods called .* expected at least one each, all different"):
-        compare([FULL, FULL], small_task, machine)
-    with pytest.raises(CourseError, match="found 0 methods"):
-        compare([], small_task, machine)
-    with pytest.raises(CourseError, match="and 0 seeds"):
-        compare([FULL], small_task, machine, seeds=())
+def test_mistakes_are_named_before_the_first_run(plurals, machine):
+    for methods, seeds in (([FULL, FULL], (0,)), ([], (0,)), ([FULL], ()), ([FULL], (0, 0))):
+        with pytest.raises(CourseError, match="found methods .* and seeds .*, expected at least one of each, all different"):
+            compare(methods, plurals, machine, seeds=seeds)
 
 
-def test_a_base_that_cannot_be_had_is_named(small_task, machine, monkeypatch):
+def test_a_run_that_fails_is_named(plurals, machine):
+    with pytest.raises(CourseError, match="LoRA, seed 1: learning_rate=-1 must be a number above 0"):
+        compare([Method("LoRA", -1)], plurals, machine, seeds=(1,), progress=False)
+    with pytest.raises(
+        CourseError, match="full fine-tuning, seed 0: a training record was refused: record 1: .* tokens, at most 256"
+    ):
+        compare([FULL], replace(plurals, train=[Record("Repeat.", "fox " * 300), *plurals.train]), machine, progress=False)
+
+
+def test_a_base_that_cannot_be_had_is_named(plurals, machine, monkeypatch):
     tiny = models.load("tiny", machine)
     monkeypatch.setattr(models, "load", lambda *arguments, **options: tiny)
     with pytest.raises(CourseError, match="this comparison needs smollm2-135m, found tiny"):
-        compare([FULL], replace(small_task, base="smollm2-135m"), machine)
+        compare([FULL], replace(plurals, base="smollm2-135m"), machine)
 
 
 def test_the_task_of_the_week_is_day_ones_recipe():
-    task = experiments.week_task()
+    task = experiments.week_experiment()
     assert (task.base, len(task.train), task.steps, task.batch_size) == ("smollm2-135m", 440, 32, 4)

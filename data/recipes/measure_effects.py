@@ -7,24 +7,31 @@ Writes data/tiny_llama/effects.json: the outcomes by effect. Everything goes thr
 """
 
 import json
+import logging
 import random
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from course_lib import corpus, evaluation, experiments, models, runtime, training, world
 from course_lib.batching import encode_records
-from course_lib.experiments import SEEDS, Method, Outcome, compare, lora, world_task
+from course_lib.experiments import SEEDS, Method, Outcome, compare, lora, world_experiment
 from course_lib.models import Loaded
 from course_lib.runtime import Machine
 
 TARGET = Path(__file__).resolve().parents[1] / "tiny_llama" / "effects.json"
-FULL_RATE, LORA_RATE = 1e-3, 1e-2
+FULL_RATE, LORA_RATE = 5e-4, 5e-3
 STORY_TOKENS = 200
+FORMATS = {
+    "float32": None,
+    "int8": {"load_in_8bit": True},
+    "NF4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+    "FP4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": torch.float32},
+}
 
 
 def formats(machine: Machine) -> list[Outcome]:
@@ -57,88 +64,80 @@ def formats(machine: Machine) -> list[Outcome]:
 
 
 def fine_tuning(machine: Machine) -> list[Outcome]:
-    return compare([Method("untouched", None), Method("full fine-tuning", FULL_RATE)], world_task(), machine)
+    return compare([Method("untouched", None), Method("full fine-tuning", FULL_RATE)], world_experiment(), machine)
 
 
 def prompt_masking(machine: Machine) -> list[Outcome]:
-    rates = (5e-4, 1e-3, 2e-3)
+    rates = (FULL_RATE, 2 * FULL_RATE)
     return compare(
         [
             Method(f"{label}, {rate:g}", rate, mask_prompt=masked)
             for rate in rates
             for label, masked in (("answer only", True), ("all tokens", False))
         ],
-        world_task(),
+        world_experiment(),
         machine,
     )
 
 
 def lora_rank(machine: Machine) -> list[Outcome]:
-    methods = [Method(f"r={rank}, {LORA_RATE:g}", LORA_RATE, lora(rank)) for rank in (1, 2, 4, 8, 16, 64)]
-    slower = [Method(f"r={rank}, 3e-3", 3e-3, lora(rank)) for rank in (1, 16, 64)]
-    return compare([*methods, *slower], world_task(), machine)
+    methods = [Method(f"r={rank}, {LORA_RATE:g}", LORA_RATE, lora(rank)) for rank in (1, 4, 16, 64)]
+    return compare([*methods, Method("r=64, 0.002", 2e-3, lora(64))], world_experiment(), machine)
 
 
 def new_vocabulary(machine: Machine) -> list[Outcome]:
     """A hundred and twenty words that nothing prepares for, trained and tested on the same records: what is asked is memory."""
     records = world.read_kemic()
-    task = world_task(records, records, steps=300)
-    methods = [Method(f"r={rank}, {LORA_RATE:g}", LORA_RATE, lora(rank)) for rank in (1, 2, 4, 8, 16, 64)]
-    return compare([*methods, Method(f"full fine-tuning, {FULL_RATE:g}", FULL_RATE)], task, machine)
+    task = world_experiment(records, records, steps=300)
+    methods = [Method(f"r={rank}, {LORA_RATE:g}", LORA_RATE, lora(rank)) for rank in (1, 4, 16, 64)]
+    return compare([*methods, Method(f"full fine-tuning, {2 * FULL_RATE:g}", 2 * FULL_RATE)], task, machine)
 
 
-def bitsandbytes(kind: str | None, folder: Path | None = None) -> Callable[[Loaded], None]:
-    """Replace the base by one that bitsandbytes has quantised, from `folder` or as it ships. kind: None for float32."""
+def quantised(settings: dict | None, folder: Path | None = None) -> Callable[[Loaded], None]:
+    """Replace the base by one that bitsandbytes has quantised, from `folder` or as it ships. settings: None for float32."""
 
     def prepare(base: Loaded) -> None:
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        settings = {
-            None: None,
-            "int8": BitsAndBytesConfig(load_in_8bit=True),
-            "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
-            "fp4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.float32),
-        }[kind]
+        options = {} if settings is None else {"quantization_config": BitsAndBytesConfig(**settings)}
         with runtime.quiet_transformers():
-            base.model = AutoModelForCausalLM.from_pretrained(
-                folder or models.tiny_folder(), quantization_config=settings, dtype=torch.float32
-            )
+            model = AutoModelForCausalLM.from_pretrained(folder or models.tiny_folder(), dtype=torch.float32, **options)
+        base.model = model if settings else model.to(base.model.device)
 
     return prepare
 
 
 def quantisation(machine: Machine) -> list[Outcome]:
     """Of three models after full fine-tuning, since the untouched one does not know the format."""
-    task, outcomes = world_task(), []
+    task, outcomes = world_experiment(), []
     for seed in SEEDS:
         base = models.load("tiny", machine)
         examples = encode_records(task.train, base.tokenizer, experiments.MAX_TOKENS).examples
         training.finetune(base, examples, machine, steps=task.steps, batch_size=task.batch_size, learning_rate=FULL_RATE, seed=seed)
         with tempfile.TemporaryDirectory() as folder:
             base.model.save_pretrained(folder)
-            methods = [Method(name, None, bitsandbytes(kind, Path(folder))) for name, kind in KINDS.items()]
+            methods = [Method(name, None, quantised(settings, Path(folder))) for name, settings in FORMATS.items()]
             outcomes += [replace(outcome, seed=seed) for outcome in compare(methods, task, machine)]
     return outcomes
-
-
-KINDS = {"float32": None, "int8": "int8", "NF4": "nf4", "FP4": "fp4"}
 
 
 def qlora(machine: Machine) -> list[Outcome]:
     """LoRA r=8 on a base in each format."""
 
-    def on(kind: str | None) -> Callable[[Loaded], None]:
+    def on(settings: dict | None) -> Callable[[Loaded], None]:
         def prepare(base: Loaded) -> None:
             from peft import prepare_model_for_kbit_training
 
-            bitsandbytes(kind)(base)
-            if kind is not None:
+            quantised(settings)(base)
+            if settings is not None:
                 base.model = prepare_model_for_kbit_training(base.model, use_gradient_checkpointing=False)
             lora(8)(base)
 
         return prepare
 
-    return compare([Method(f"LoRA on {name}", LORA_RATE, on(kind)) for name, kind in KINDS.items()], world_task(), machine)
+    return compare(
+        [Method(f"LoRA on {name}", LORA_RATE, on(settings)) for name, settings in FORMATS.items()], world_experiment(), machine
+    )
 
 
 def prefix(machine: Machine) -> list[Outcome]:
@@ -153,9 +152,9 @@ def prefix(machine: Machine) -> list[Outcome]:
 
         return prepare
 
-    methods = [Method(f"prefix, {rate:g}", rate, tuned(False)) for rate in (1e-2, 3e-2, 1e-1, 3e-1)]
-    methods += [Method(f"prefix with MLP, {rate:g}", rate, tuned(True)) for rate in (3e-3, 1e-2, 3e-2)]
-    return compare(methods, world_task(), machine)
+    methods = [Method(f"prefix, {rate:g}", rate, tuned(False)) for rate in (1e-2, 1e-1)]
+    methods += [Method(f"prefix with MLP, {rate:g}", rate, tuned(True)) for rate in (3e-3, 1e-2)]
+    return compare(methods, world_experiment(), machine)
 
 
 def repetition(machine: Machine) -> list[Outcome]:
@@ -173,23 +172,20 @@ def repetition(machine: Machine) -> list[Outcome]:
     for name, options in settings.items():
         for seed in SEEDS:
             runtime.seed_everything(seed)
-            beginnings = [
-                f"One morning, {hero} went to the {corpus.PLACES[i % 10]}."
-                for i, hero in enumerate(names[seed * 16 : seed * 16 + 16])
-            ]
-            rows = []
-            for beginning in beginnings:
-                ids = torch.tensor([base.tokenizer(beginning)["input_ids"]])
-                with torch.inference_mode():
-                    out = base.model.generate(
-                        input_ids=ids,
-                        attention_mask=torch.ones_like(ids),
-                        max_new_tokens=STORY_TOKENS,
-                        min_new_tokens=STORY_TOKENS,
-                        pad_token_id=base.tokenizer.pad_token_id,
-                        **({"do_sample": False} | options),
-                    )
-                rows.append(out[0, ids.shape[1] :].tolist())
+            beginnings = [f"One morning, {hero} went to the market." for hero in names[seed * 16 : seed * 16 + 16]]
+            ids = torch.tensor(base.tokenizer(beginnings)["input_ids"]).to(
+                base.model.device
+            )  # every name is one piece: equal lengths
+            with torch.inference_mode():
+                generated = base.model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=STORY_TOKENS,
+                    min_new_tokens=STORY_TOKENS,
+                    pad_token_id=base.tokenizer.pad_token_id,
+                    **({"do_sample": False} | options),
+                )
+            rows = generated[:, ids.shape[1] :].tolist()
             fours = [[tuple(row[i : i + 4]) for i in range(len(row) - 3)] for row in rows]
             repeated = sum(1 - len(set(grams)) / len(grams) for grams in fours) / len(fours)
             outcomes.append(Outcome(name, seed, 0, {"repeated 4-grams": repeated}, 0.0, 0))
@@ -203,6 +199,7 @@ EFFECTS = {
 
 
 def main() -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # one line a layer about a cast to float16
     wanted = sys.argv[1:] or list(EFFECTS)
     if unknown := [name for name in wanted if name not in EFFECTS]:
         raise SystemExit(f"effect {unknown[0]!r} is not known, expected some of {', '.join(EFFECTS)}")
@@ -210,7 +207,7 @@ def main() -> None:
     kept = json.loads(TARGET.read_text(encoding="utf-8")) if TARGET.exists() else {}
     for name in wanted:
         outcomes = EFFECTS[name](machine)
-        kept[name] = [asdict(outcome) for outcome in outcomes]
+        kept[name] = experiments.as_json(outcomes)
         TARGET.write_text(
             json.dumps({effect: kept[effect] for effect in EFFECTS if effect in kept}, indent=1) + "\n", encoding="utf-8"
         )

@@ -7,7 +7,7 @@ the whole test split and on all retention questions. LoRA is peft's; its learnin
 """
 
 from course_lib import experiments, runtime
-from course_lib.experiments import Method, compare, lora, week_task
+from course_lib.experiments import Method, compare, lora, week_experiment
 
 METHODS = (
     Method("untouched", None),
@@ -19,7 +19,7 @@ METHODS = (
 def main() -> None:
     machine, outcomes = runtime.detect(), []
     for method in METHODS:
-        outcomes += compare([method], week_task(), machine)
+        outcomes += compare([method], week_experiment(), machine)
         experiments.write_outcomes(outcomes, runtime.data_folder() / experiments.WEEK_FILE)
         print(experiments.summary(outcomes)[-1])
 
