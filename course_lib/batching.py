@@ -13,7 +13,7 @@ Three departures from the common recipes, each against a silent failure:
 """
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from course_lib.alpaca import Record
 from course_lib.runtime import CourseError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100
 
@@ -121,6 +121,14 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     }
 
 
+def check_ids(ids: Iterable[int], model: "PreTrainedModel") -> None:
+    """Raise CourseError if the model has no embedding for one of these token ids: they come from another model's tokenizer."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    out = next((token for token in ids if not 0 <= token < rows), None)
+    if out is not None:
+        raise CourseError(f"token id {out} is beyond the model's {rows} embeddings: encode with the model's own tokenizer")
+
+
 def real_token_share(lengths: Sequence[int], batch_size: int) -> float:
     """The share of a padded epoch that is not padding, in the given order.
 
@@ -166,8 +174,9 @@ def show_mask(example: Example, tokenizer: "PreTrainedTokenizerBase") -> MaskVie
     """
     pieces, before = [], ""
     for end, label in enumerate(example.labels, start=1):  # alone, a word would lose its space in tokenizers that add one
-        text = tokenizer.decode(example.input_ids[:end])
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is shown with its last one
+        text = tokenizer.decode(example.input_ids[:end], clean_up_tokenization_spaces=False)
+        whole = not text.endswith("\N{REPLACEMENT CHARACTER}")  # a character of several tokens is shown with its last one
+        if whole or end == len(example):
             pieces.append((text[len(before) :], label != IGNORED))
             before = text
     return MaskView(pieces)

@@ -1,10 +1,12 @@
 """What the tiny model has read: prose and quizzes about the generated world, and nothing else.
 
+Only its tokenizer has also seen the Alpaca prompts, so that they are not cut into letters.
+
 Four findings shaped the corpus (data/tiny_llama/README.md):
 - A model that has only completed prose knows the facts but cannot answer: more than half of the documents are quizzes, in many
-  formats. None is Alpaca's, so that there is something left for fine-tuning to teach.
-- Something always follows an answer, if only a closing line: without it a fifth of the
-  test answers were right before any fine-tuning.
+  formats. None is Alpaca's, so that there is something left for fine-tuning to teach; the words of some questions are familiar.
+- In a quiz something always follows an answer, if only a closing line: without it a fifth of the test answers were right before any
+  fine-tuning.
 - The slots of stories are drawn with skewed (Zipf) weights, so that decoding has something to decide.
 - Lists and sums are drawn anew in every document; facts are the same each time, in changing words.
 """
@@ -118,7 +120,7 @@ def documents(seed: int) -> Iterator[str]:
 
 
 def validation_documents() -> list[str]:
-    """Documents of a seed that no training corpus has: the same facts, other words, lists, sums and stories."""
+    """Documents of a seed that no training corpus has. Facts are the same, so short ones recur; lists and stories do not."""
     stream = documents(VALIDATION_SEED)
     return [next(stream) for _ in range(VALIDATION_DOCUMENTS)]
 

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from course_lib.alpaca import DataError, Record, read_records
-from course_lib.batching import collate, encode, encode_prompt
+from course_lib.batching import check_ids, collate, encode, encode_prompt
 from course_lib.runtime import CourseError, data_folder, measure
 from course_lib.training import supervised_logits
 
@@ -225,6 +225,7 @@ def score_answers(base: "Loaded", records: Sequence[Record], batch_size: int = 6
     if not records:
         raise CourseError("there are no records to score")
     examples = [encode(record, base.tokenizer) for record in records]
+    check_ids((token for example in examples for token in example.input_ids), base.model)
     by_length = sorted(range(len(examples)), key=lambda index: len(examples[index]))
     losses, exact = [0.0] * len(examples), [False] * len(examples)
     base.model.eval()
@@ -257,6 +258,7 @@ def generate(base: "Loaded", prompts: Sequence[list[int]], max_new_tokens: int, 
     """
     _check_batch_size(batch_size)
     pad_id = base.tokenizer.pad_token_id
+    check_ids((token for prompt in prompts for token in prompt), base.model)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     replies = [""] * len(prompts)
     base.model.eval()

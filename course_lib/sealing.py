@@ -2,7 +2,7 @@
 
 A folder is written under a temporary name, sealed with the SHA-256 of each of its files, flushed to disk and only then renamed
 to its final name. A process that is killed half-way leaves a temporary folder that nobody reads; a file that is damaged later
-no longer matches its seal.
+no longer matches its seal, and neither does the seal itself.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 SEAL = "SEAL.json"
@@ -43,27 +43,34 @@ def publish(partial: Path, final: Path, facts: dict) -> None:
 
 def seal(folder: Path, files: Iterable[Path], facts: dict) -> None:
     """Write the seal of `files`, which lie in `folder`, into it."""
-    checksums = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
-    (folder / SEAL).write_text(json.dumps({"facts": facts, "sha256": checksums}, indent=1) + "\n", encoding="utf-8")
+    sealed = {"facts": facts, "sha256": {path.relative_to(folder).as_posix(): sha256(path) for path in files}}
+    sealed = {**sealed, "seal": _fingerprint(sealed)}
+    (folder / SEAL).write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
 
 
-def check(folder: Path, allow_others: bool = False) -> dict:
+def check(folder: Path, others: Collection[str] = ()) -> dict:
     """The facts in the seal of `folder`. Raises DamagedError if a file is missing or changed, or foreign to the seal.
 
-    allow_others: files that the seal does not name may lie there, too
+    others: names of files that may lie there beside the sealed ones; hidden files always may
     """
     try:
         sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         facts, checksums = dict(sealed["facts"]), dict(sealed["sha256"])
+        if sealed["seal"] != _fingerprint({"facts": facts, "sha256": checksums}):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise DamagedError(f"{folder.name} has no readable {SEAL}") from None
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SEAL}
-    for name in sorted(checksums.keys() - present if allow_others else present ^ checksums.keys()):
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SEAL, *others}
+    for name in sorted(name for name in present ^ checksums.keys() if not name.startswith(".")):
         raise DamagedError(f"{folder.name}/{name} is {'missing' if name in checksums else 'not in the seal'}")
     for name, expected in checksums.items():
         if sha256(folder / name) != expected:
             raise DamagedError(f"{folder.name}/{name} differs from its checksum")
     return facts
+
+
+def _fingerprint(sealed: dict) -> str:
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

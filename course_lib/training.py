@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from course_lib import sealing
-from course_lib.batching import IGNORED, Example, collate, length_grouped_order
+from course_lib.batching import IGNORED, Example, check_ids, collate, length_grouped_order
 from course_lib.runtime import CourseError, Machine, first_line, measure, quiet_transformers, seed_everything
 
 if TYPE_CHECKING:
@@ -373,7 +373,6 @@ def _check_examples(model: nn.Module, examples: Sequence[Example]) -> None:
         raise TrainingError(f"examples is a {type(examples).__name__}, expected a list: encode_records(...).examples")
     if not examples:
         raise TrainingError("there are no examples to train on")
-    rows = model.get_input_embeddings().weight.shape[0]
     longest = getattr(model.config, "max_position_embeddings", math.inf)
     for number, example in enumerate(examples, start=1):
         if len(example.input_ids) != len(example.labels):
@@ -382,9 +381,7 @@ def _check_examples(model: nn.Module, examples: Sequence[Example]) -> None:
             raise TrainingError(f"example {number} has no supervised token: every label is {IGNORED}")
         if len(example) > longest:
             raise TrainingError(f"example {number} has {len(example)} tokens, the model takes {longest}: encode with max_tokens")
-        out = [token for token in (*example.input_ids, *example.supervised_ids) if not 0 <= token < rows]
-        if out:
-            raise TrainingError(f"token id {out[0]} is beyond the model's {rows} embeddings: encode with the model's own tokenizer")
+        check_ids((*example.input_ids, *example.supervised_ids), model)
 
 
 def _check_writable(folder: Path) -> None:

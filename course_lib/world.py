@@ -3,9 +3,9 @@
 `tiny` has read nothing but text about this world (module `corpus`), so all it can know is written here: people who live in cities,
 work, keep a pet and like a colour; nouns with a kind and a plural; verbs with a past; opposites; a small invented language, Velan.
 
-The tasks ask about these facts as Alpaca records. Entities are held out: no person, word or list of the test records stands in a
-training record of the same task. The base has read about all of them, but never in Alpaca's format, so what fine-tuning teaches is
-how to answer, and the test asks whether that carries over to entities that fine-tuning has not touched.
+The tasks ask about these facts as Alpaca records. Entities are held out: no person, noun, verb, pair of opposites, list or sum that
+a test record asks about is asked about in training. The base has read about all of them, but never in Alpaca's format, so what
+fine-tuning teaches is how to answer, and the test asks whether that carries over to entities that fine-tuning has not touched.
 
 Four tasks are HARD, named before anything was measured: they leave room in which methods can differ.
 """
@@ -237,7 +237,9 @@ TASKS = {
 HARD = tuple(name for name, task in TASKS.items() if task.hard)
 
 
-SUMS = tuple((a, b) for a in range(1, 50) for b in range(1, 50))
+SUMS = tuple(  # all of them stand in the corpus, too: `add` may be answered by memory as well as by arithmetic
+    (a, b) for a in range(1, 50) for b in range(1, 50)
+)
 ENTITIES = {
     "people": people(),
     "nouns": tuple(KIND_OF_NOUN),

@@ -33,9 +33,11 @@ def test_no_document_says_in_which_land_a_person_lives():
             assert not names & set(re.findall(r"\w+", document)), document
 
 
-def test_every_instruction_of_the_tasks_is_new_to_the_base():
-    instructions = {wording for task in world.TASKS.values() for wording in task.wordings if "{}" not in wording}
-    assert not [wording for wording in instructions if wording in TEXT]
+def test_no_instruction_of_the_tasks_stands_in_a_document_letter_for_letter():
+    names = [person.name for person in world.people()]
+    wordings = [wording for task in world.TASKS.values() for wording in task.wordings]
+    instructions = {wording.format(name) for wording in wordings for name in (names if "{}" in wording else names[:1])}
+    assert not [instruction for instruction in instructions if instruction in TEXT]
 
 
 def test_kemic_stands_in_no_document():
@@ -44,32 +46,34 @@ def test_kemic_stands_in_no_document():
 
 
 def test_the_base_reads_every_fact_also_those_held_out_from_fine_tuning():
-    words = set(re.findall(r"\w+", TEXT))
-    assert {person.name for person in world.people()} <= words
-    assert set(world.velan().values()) <= words
-    assert set(world.PAST.values()) <= words
+    pairs = {(word, other) for text in DOCUMENTS for words in [set(re.findall(r"\w+", text))] for word in words for other in words}
+    for person in world.people():
+        assert {(person.name, fact) for fact in (person.city, person.job, person.pet, person.color)} <= pairs
+    assert set(world.velan().items()) <= pairs
+    assert set(world.PAST.items()) <= pairs
+    assert set(world.OPPOSITES) <= pairs
+    assert set(world.LAND_OF_CITY.items()) <= pairs
 
 
-def test_at_least_half_are_quizzes():
-    draw = random.Random(0)
-    marks = re.compile(r"^(Q|Question|Ask|- |Task|Exercise|Order|==|Test|Exam|Page)|asked: |( ->| \||^\S.* =) ", re.MULTILINE)
-    assert all(marks.search(quiz(draw)) for quiz in corpus.QUIZZES for _ in range(200))
-    assert sum(bool(marks.search(document)) for document in DOCUMENTS) / len(DOCUMENTS) == pytest.approx(0.58, abs=0.05)
+def test_more_than_half_are_quizzes_and_these_go_on_after_an_answer():
+    assert sum(document.endswith(corpus.CLOSINGS) for document in DOCUMENTS) / len(DOCUMENTS) == pytest.approx(
+        corpus.QUIZ_SHARE, abs=0.02
+    )
 
 
 def test_facts_in_prose_and_quizzes_are_those_of_the_world():
     people = {person.name: person for person in world.people()}
-    for name, city in re.findall(r"(\w+) lives in (\w+)\.", TEXT):
-        assert people[name].city == city
-    for name, job in re.findall(r"(\w+) works as an? (\w+)", TEXT):
-        assert people[name].job == job
-    for a, b, total in re.findall(r"(\d+) \+ (\d+) = (\d+)", TEXT):
-        assert int(a) + int(b) == int(total)
-    for noun, word in re.findall(r"The Velan word for (\w+) is (\w+)\.", TEXT):
-        assert world.velan()[noun] == word
-    found = re.findall(r"what is the opposite of (\w+)\?\n(?:A:|Answer:|Tell:|=) (\w+)", TEXT)
-    assert found
-    assert all((a, b) in world.OPPOSITES or (b, a) in world.OPPOSITES for a, b in found)
+    checks = {
+        r"(\w+) lives in (\w+)\.": lambda name, city: people[name].city == city,
+        r"(\w+) works as an? (\w+)": lambda name, job: people[name].job == job,
+        r"(\d+ \+ \d+) = (\d+)": lambda terms, total: sum(map(int, terms.split(" + "))) == int(total),
+        r"The Velan word for (\w+) is (\w+)\.": lambda noun, word: world.velan()[noun] == word,
+        r"what is the opposite of (\w+)\?\n(?:A:|Answer:|Tell:|=) (\w+)": lambda a, b: {(a, b), (b, a)} & set(world.OPPOSITES),
+    }
+    for pattern, holds in checks.items():
+        found = re.findall(pattern, TEXT)
+        assert len(found) > 10, pattern
+        assert all(holds(*pair) for pair in found), pattern
 
 
 def test_stories_draw_a_few_fillers_often_and_many_rarely():

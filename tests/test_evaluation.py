@@ -1,5 +1,7 @@
 """Tests of course_lib.evaluation."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -140,6 +142,13 @@ def test_a_batch_size_that_cannot_work_is_refused(tiny, records, batch_size):
         evaluation.generate(tiny, [[5]], 2, batch_size)
     with pytest.raises(CourseError, match="must be at least 1"):
         evaluation.score_answers(tiny, records, batch_size)
+
+
+def test_a_tokenizer_of_another_model_is_named(tiny, smollm2, records):
+    mixed = dataclasses.replace(tiny, tokenizer=smollm2.tokenizer)
+    for call in (lambda: evaluation.score_answers(mixed, records), lambda: evaluation.generate(mixed, [[49_000]], 2)):
+        with pytest.raises(CourseError, match=r"token id \d+ is beyond the model's 1536 embeddings: encode with the model's own"):
+            call()
 
 
 def test_records_of_another_task_are_refused_before_anything_is_generated(tiny, records):

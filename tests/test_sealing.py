@@ -79,3 +79,27 @@ def test_publishing_replaces_what_was_there(sealed):
     sealing.publish(partial, sealed, {})
     assert (sealed / "weights.bin").read_bytes() == b"new"
     assert sealing.check(sealed) == {}
+
+
+def test_every_damaged_byte_of_the_seal_itself_is_seen(tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"0123456789")
+    sealing.seal(tmp_path, [tmp_path / "weights.bin"], {"loss": 1.25, "steps": [1, 2]})
+    assert sealing.check(tmp_path) == {"loss": 1.25, "steps": [1, 2]}
+    seal = tmp_path / sealing.SEAL
+    whole = seal.read_bytes()
+    for place in range(len(whole) - 1):
+        if whole[place : place + 1].isspace():
+            continue  # layout carries no meaning
+        seal.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(sealing.DamagedError):
+            sealing.check(tmp_path)
+
+
+def test_only_named_and_hidden_files_may_lie_beside_the_sealed_ones(tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"0123456789")
+    sealing.seal(tmp_path, [tmp_path / "weights.bin"], {})
+    (tmp_path / "README.md").write_text("a card")
+    (tmp_path / ".DS_Store").write_text("")
+    assert sealing.check(tmp_path, others=["README.md"]) == {}
+    with pytest.raises(sealing.DamagedError, match=r"README.md is not in the seal"):
+        sealing.check(tmp_path)

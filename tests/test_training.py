@@ -15,7 +15,7 @@ from course_lib import models, training
 from course_lib.alpaca import Record
 from course_lib.batching import IGNORED, Example, collate, encode, encode_records
 from course_lib.evaluation import generate
-from course_lib.runtime import GIB, Gpu, decide
+from course_lib.runtime import GIB, CourseError, Gpu, decide
 from course_lib.training import TrainingError, finetune, supervised_loss
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -282,7 +282,7 @@ def test_settings_that_cannot_work_are_refused(machine, options, message):
     ],
 )
 def test_examples_that_cannot_be_trained_on_are_refused(machine, tiny, examples, message):
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(CourseError, match=message):
         finetune(tiny, examples, machine, steps=1, batch_size=1, learning_rate=1e-3)
 
 

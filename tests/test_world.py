@@ -1,5 +1,9 @@
 """Tests of course_lib.world."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from course_lib import world
@@ -42,7 +46,7 @@ def test_a_task_has_no_subject_twice_and_none_in_both_splits(name):
     assert not set(train) & set(test)
 
 
-def test_people_nouns_verbs_and_pairs_of_the_test_are_in_no_training_record():
+def test_people_nouns_verbs_and_pairs_of_the_test_are_the_subject_of_no_training_record():
     people = [{subject(r) for r in records if subject(r) in PEOPLE} for records in (TRAIN, TEST)]
     words = [set().union(*(words_about(record) for record in records)) for records in (TRAIN, TEST)]
     assert people[0]
@@ -52,6 +56,8 @@ def test_people_nouns_verbs_and_pairs_of_the_test_are_in_no_training_record():
     pairs = dict(world.OPPOSITES) | {b: a for a, b in world.OPPOSITES}
     trained = {record.input for record in of(TRAIN, "opposite")}
     assert not {pairs[record.input] for record in of(TEST, "opposite")} & trained
+    mirrored = {" + ".join(reversed(record.input.split(" + "))) for record in of(TEST, "add")}
+    assert not mirrored & {record.input for record in of(TRAIN, "add")}
 
 
 # The answer of every task, worked out here a second time from the subject alone.
@@ -101,8 +107,11 @@ def test_facts_are_unambiguous():
 
 
 def test_records_are_the_same_every_time_and_do_not_depend_on_other_tasks():
-    world.people.cache_clear()
-    assert world.read_world("test") == TEST
+    code = "from course_lib import world; print([r.prompt + r.output for r in world.read_world('test')] == eval(input()))"
+    expected = repr([record.prompt + record.output for record in TEST])
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    result = subprocess.run([sys.executable, "-c", code], input=expected, capture_output=True, text=True, env=environment)
+    assert result.stdout == "True\n", result.stderr
     assert sorted(world.read_world("test", ["past"]), key=str) == sorted(of(TEST, "past"), key=str)
 
 

@@ -88,9 +88,11 @@ def lora_rank(machine: Machine) -> list[Outcome]:
 def new_vocabulary(machine: Machine) -> list[Outcome]:
     """A hundred and twenty words that nothing prepares for, trained and tested on the same records: what is asked is memory."""
     records = world.read_kemic()
-    task = world_experiment(records, records, steps=300)
+    experiment = world_experiment(records, records, steps=300)
     methods = [Method(f"r={rank}, {LORA_RATE:g}", LORA_RATE, lora(rank)) for rank in (1, 4, 16, 64)]
-    return compare([*methods, Method(f"full fine-tuning, {2 * FULL_RATE:g}", 2 * FULL_RATE)], task, machine)
+    methods += [Method(f"r={rank}, 0.002", 2e-3, lora(rank)) for rank in (16, 64)]
+    methods += [Method(f"full fine-tuning, {rate:g}", rate) for rate in (FULL_RATE, 2 * FULL_RATE)]
+    return compare(methods, experiment, machine)
 
 
 def quantised(settings: dict | None, folder: Path | None = None) -> Callable[[Loaded], None]:

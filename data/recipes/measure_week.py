@@ -20,8 +20,8 @@ def main() -> None:
     machine, outcomes = runtime.detect(), []
     for method in METHODS:
         outcomes += compare([method], week_experiment(), machine)
-        experiments.write_outcomes(outcomes, runtime.data_folder() / experiments.WEEK_FILE)
-        print(experiments.summary(outcomes)[-1])
+        print(experiments.summary(outcomes)[-1], flush=True)
+    experiments.write_outcomes(outcomes, runtime.data_folder() / experiments.WEEK_FILE)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "tiny_llama"
 END = "<|endoftext|>"
 VOCABULARY = 1536
 TOKENIZER_DOCUMENTS = 20_000
-STEPS = 2_400
+SEED, STEPS = 0, 2_400
 ROWS, COLUMNS = 8, 256  # of a batch: documents packed one after the other
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
 CONSTANT_SHARE = 0.5  # of the steps at the full rate; then it falls linearly to zero
@@ -107,7 +107,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Five Newton-Schulz steps with the coefficients of Jordan et al.: every singular value comes close to 1."""
+    """Five Newton-Schulz steps with the coefficients of Jordan et al.: singular values end between about 0.7 and 1.2."""
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
@@ -135,9 +135,8 @@ def validation_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast)
     return total / len(rows)
 
 
-def train(seed: int, steps: int) -> Trained:
+def train(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> Trained:
     """One pass over steps * ROWS * COLUMNS tokens of the corpus of this seed."""
-    tokenizer = train_tokenizer(seed)
     torch.manual_seed(seed)
     model = new_model(tokenizer)
     matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
@@ -166,14 +165,26 @@ def train(seed: int, steps: int) -> Trained:
     return Trained(model.eval(), tokenizer, losses, validation, time.perf_counter() - start)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerFast, seed: int, folder: Path) -> None:
-    """Refuse to replace a model by one with another tokenizer: adapters, token counts and kept results belong to the old one."""
+def check_options(options: argparse.Namespace) -> PreTrainedTokenizerFast:
+    """The tokenizer for these options. Raises CourseError or OSError for what cannot work or would do harm, before the training.
+
+    A model is not replaced by one with another tokenizer: adapters, token counts and kept results belong to the old one.
+    """
+    seed, folder = options.seed, options.output
+    if options.steps < 1 or seed < 0 or seed == corpus.VALIDATION_SEED:
+        found = f"--steps {options.steps} --seed {seed}"
+        raise CourseError(f"found {found}, expected at least 1 step and a seed from 0 on that is not the validation's")
+    if folder == FOLDER and (seed, options.steps) != (SEED, STEPS):
+        raise CourseError("other settings than the defaults would replace the model of the course: write elsewhere with --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(seed)
     kept = folder / "tokenizer.json"
     if kept.exists() and Tokenizer.from_file(str(kept)).to_str() != tokenizer.backend_tokenizer.to_str():
         raise CourseError(
             f"the corpus of seed {seed} gives another tokenizer than {folder.name} has, and adapters trained on that would no "
-            "longer fit: write to a folder of its own with --output"
+            f"longer fit: write elsewhere with --output, or remove {folder.name}/tokenizer.json to replace the model"
         )
+    return tokenizer
 
 
 def save(trained: Trained, folder: Path, facts: dict) -> None:
@@ -184,6 +195,8 @@ def save(trained: Trained, folder: Path, facts: dict) -> None:
         trained.model.save_pretrained(partial)
         trained.tokenizer.save_pretrained(partial)
     axes = plots.plot_loss(trained.losses, f"{len(trained.losses):,} steps of {ROWS} × {COLUMNS} tokens", smooth=20)
+    axes.lines[0].set_marker("")
+    axes.set_ylabel("loss on all tokens (nats)")
     axes.plot(*zip(*trained.validation, strict=True), "o-", color=plots.GOOD, markersize=3, label="validation")
     axes.legend(frameon=False)
     axes.figure.savefig(partial / "loss.png", dpi=120, bbox_inches="tight")
@@ -195,18 +208,16 @@ def save(trained: Trained, folder: Path, facts: dict) -> None:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description="Train the tiny Llama of the course.")
-    options.add_argument("--seed", type=int, default=0, help="of the corpus, the first weights and the order")
-    options.add_argument("--steps", type=int, default=STEPS)
-    options.add_argument("--output", type=Path, default=FOLDER, help="the folder to write to")
-    options = options.parse_args()
-    if options.steps < 1 or options.seed < 0:
-        raise SystemExit(f"found --steps {options.steps} --seed {options.seed}, expected at least 1 step and a seed from 0 on")
+    parser = argparse.ArgumentParser(description="Train the tiny Llama of the course.")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the corpus and the first weights")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--output", type=Path, default=FOLDER, help="the folder to write to")
+    options = parser.parse_args()
     try:
-        check_tokenizer(train_tokenizer(options.seed), options.seed, options.output)
-    except CourseError as error:
+        tokenizer = check_options(options)
+    except (CourseError, OSError) as error:
         raise SystemExit(str(error)) from None
-    trained = train(options.seed, options.steps)
+    trained = train(tokenizer, options.seed, options.steps)
     facts = {
         "command": f"python data/recipes/train_tiny_llama.py --seed {options.seed} --steps {options.steps}",
         "seed": options.seed,
