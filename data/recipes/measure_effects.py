@@ -123,6 +123,26 @@ def quantisation(machine: Machine) -> list[Outcome]:
     return outcomes
 
 
+def weight_error(machine: Machine) -> list[Outcome]:
+    """Root mean square error over root mean square of all linear weights of the blocks, in blocks of 64 (int8: rows)."""
+    from bitsandbytes import functional
+
+    def restored(weight: torch.Tensor, kind: str) -> torch.Tensor:
+        if kind == "int8":
+            codes, absmax, _ = functional.int8_vectorwise_quant(weight.half())
+            return codes.float() * absmax[:, None].float() / 127
+        return functional.dequantize_4bit(*functional.quantize_4bit(weight, blocksize=64, quant_type=kind))
+
+    blocks = models.load("tiny", machine).model.model.layers
+    weights = [module.weight.data for module in blocks.modules() if isinstance(module, torch.nn.Linear)]
+    power = sum(weight.square().sum() for weight in weights)
+    outcomes = []
+    for kind in ("int8", "nf4", "fp4"):
+        error = sum((restored(weight, kind) - weight).square().sum() for weight in weights)
+        outcomes.append(Outcome(kind, 0, 0, {"relative error": (error / power).sqrt().item()}, 0.0, 0))
+    return outcomes
+
+
 def qlora(machine: Machine) -> list[Outcome]:
     """LoRA r=8 on a base in each format."""
 
@@ -196,7 +216,18 @@ def repetition(machine: Machine) -> list[Outcome]:
 
 EFFECTS = {
     effect.__name__: effect
-    for effect in (formats, fine_tuning, prompt_masking, lora_rank, new_vocabulary, quantisation, qlora, prefix, repetition)
+    for effect in (
+        formats,
+        fine_tuning,
+        prompt_masking,
+        lora_rank,
+        new_vocabulary,
+        weight_error,
+        quantisation,
+        qlora,
+        prefix,
+        repetition,
+    )
 }
 
 
