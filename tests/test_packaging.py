@@ -13,6 +13,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "course_lib"
+MODULES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 COLAB = {
     "torch": "2.11.0",
@@ -108,9 +110,8 @@ def test_links_between_files_lead_somewhere(document):
 
 def test_the_readme_names_every_module_and_target_that_exists():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for module in (ROOT / "course_lib").glob("*.py"):
-        if module.stem != "__init__":
-            assert f"`{module.stem}`" in readme, module.stem
+    for module in MODULES:
+        assert f"`{module}`" in readme, module
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):.*##", makefile, re.M))
     assert set(re.findall(r"`make ([a-z]+)", readme)) <= targets
@@ -120,10 +121,9 @@ def test_the_package_table_names_every_module():
     import course_lib
 
     named = set(re.findall(r"^\| \w+ +\| `(\w+)`", course_lib.__doc__, re.M))
-    assert named == {path.stem for path in (ROOT / "course_lib").glob("*.py")} - {"__init__"}
+    assert named == MODULES
 
 
 def test_every_module_has_its_test_file():
-    for module in (ROOT / "course_lib").glob("*.py"):
-        if module.stem != "__init__":
-            assert (ROOT / "tests" / f"test_{module.stem.strip('_')}.py").is_file(), module.stem
+    for module in MODULES:
+        assert (ROOT / "tests" / f"test_{module.strip('_')}.py").is_file(), module
