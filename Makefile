@@ -4,10 +4,12 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CHROME_PATH ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+MARP := node_modules/.bin/marp --no-stdin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test day lab notebooks lint stamp clean
+.PHONY: help setup run test day lab notebooks figures slides test-slides chrome lint stamp clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,17 +33,39 @@ lab: setup  ## open the notebooks in JupyterLab
 notebooks: setup  ## execute the notebooks and keep the new outputs in notebooks/
 	@$(BIN)/python -m course_lib run --keep
 
+figures: setup  ## redraw the slides' figures and the table of the week from the notebook's outputs and data/
+	@$(BIN)/python slides/draw_figures.py
+
+slides: node_modules/.package-lock.json chrome  ## HTML and PDF of the decks, with notes, in build/slides (needs Node and Chromium)
+	@rm -rf build/slides && mkdir -p build/slides && cp -R slides/figures build/slides/
+	@for deck in slides/day*.md; do name=build/slides/$$(basename $$deck .md); \
+		$(MARP) $$deck --theme-set slides/theme.css -o $$name.html || exit 1; \
+		CHROME_PATH="$(CHROME_PATH)" $(MARP) $$deck --theme-set slides/theme.css --pdf --pdf-notes --allow-local-files --browser chrome -o $$name.pdf || exit 1; \
+	done
+
+test-slides: slides  ## open every slide in Chromium: nothing overflows, is missing, shows raw TeX or asks the network
+	@CHROME_PATH="$(CHROME_PATH)" node slides/test_slides.mjs build/slides/day*.html
+
 lint: setup  ## ruff over code and notebooks
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 stamp: setup  ## write the repository's address from pyproject.toml into badges and Colab cells
 	@$(BIN)/python -m course_lib stamp
 
-clean:  ## remove .venv and build/ (the model cache stays; its place is printed by `make setup`)
-	rm -rf $(VENV) build
+clean:  ## remove .venv, node_modules and build/ (the model cache stays; its place is printed by `make setup`)
+	rm -rf $(VENV) node_modules build
 
 setup: $(READY)  ## .venv with everything, and the base model in the cache
 	@$(BIN)/python -m course_lib fetch
+
+chrome:
+	@test -n "$(CHROME_PATH)" || { echo "no Chromium found: install it (Debian: chromium, fonts-noto-cjk), or say make CHROME_PATH=..."; exit 1; }
+
+node_modules/.package-lock.json: package.json package-lock.json
+	@command -v npm >/dev/null || { echo "npm not found: the slides need Node 18 or newer"; exit 1; }
+	@echo "slides: marp-cli in node_modules"
+	@PUPPETEER_SKIP_DOWNLOAD=1 npm ci --no-audit --no-fund --loglevel=error
+	@touch $@
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 15); \

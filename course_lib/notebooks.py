@@ -136,7 +136,7 @@ def tidy(notebook: "NotebookNode") -> None:
 
 
 def write_page(executions: list[Execution], target: Path, slides: Path) -> Path:
-    """Write index.html and a page for each executed notebook to `target`; decks built in `slides` are copied and linked.
+    """Write index.html and a page for each executed notebook to `target`; decks in `slides` are copied with figures, and linked.
 
     Returns the path of index.html.
     """
@@ -146,6 +146,8 @@ def write_page(executions: list[Execution], target: Path, slides: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     # without addresses of scripts the page asks nothing from the network
     exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="", theme="light")
+    if (slides / "figures").is_dir():
+        shutil.copytree(slides / "figures", target / "figures", dirs_exist_ok=True)
     rows = []
     by_day = {int(execution.path.stem[3]): execution for execution in executions}
     for day, (subject, title) in WEEK.items():

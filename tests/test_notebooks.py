@@ -75,6 +75,8 @@ def test_the_page_lists_the_week_and_asks_nothing_from_the_network(tmp_path):
     slides = tmp_path / "slides"
     slides.mkdir()
     (slides / "day1_trial.pdf").write_bytes(b"%PDF")
+    (slides / "figures").mkdir()
+    (slides / "figures" / "day1_loss.png").write_bytes(b"PNG")
     path = write(tmp_path, "print('JSON & <b>')", tags=["headline"])
     notebook = nbformat.read(path, 4)
     notebook.cells.append(new_markdown_cell("[![Open in Colab](https://example.org/badge.svg)](#top)"))
@@ -86,6 +88,7 @@ def test_the_page_lists_the_week_and_asks_nothing_from_the_network(tmp_path):
     assert "JSON &amp; &lt;b&gt;" in page
     assert 'href="day1_trial.pdf"' in page
     assert (index.parent / "day1_trial.pdf").is_file()
+    assert (index.parent / "figures" / "day1_loss.png").is_file(), "a deck in HTML links its figures"
     assert page.count("not run") == 6
     assert "Open in Colab</a>" in day
     for html in (page, day):
