@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,8 +121,6 @@ def test_stamping_writes_the_address_everywhere_and_once(tmp_path):
 
 
 def test_the_committed_address_is_that_of_pyproject(tmp_path):
-    import shutil
-
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
@@ -171,6 +170,37 @@ def test_a_day_reads_as_a_lesson(day):
             )
         else:
             assert len(cell.source) > 20
+
+
+LAST_HEADINGS = ["## Myth check", "## What we know now", "## Limits", "## On a T4", "## Quiz", "## References"]
+
+
+def headings(notebook):
+    return [
+        line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines() if line[:3] == "## "
+    ]
+
+
+def test_a_day_has_the_headings_of_the_template(day):
+    template = nbformat.read(ROOT / "docs" / "template_day.ipynb", as_version=4)
+    for notebook in (template, day):
+        assert headings(notebook)[0] == "## The idea in five lines"
+        assert headings(notebook)[-len(LAST_HEADINGS) :] == LAST_HEADINGS
+
+
+def test_the_template_becomes_a_day_as_contributing_says(tmp_path):
+    text = (ROOT / "docs" / "template_day.ipynb").read_text(encoding="utf-8")
+    (tmp_path / "notebooks").mkdir()
+    path = tmp_path / "notebooks" / "day2_lora.ipynb"
+    path.write_text(re.sub(r"\bN\b|(?<=day)N|(?<=E)N", "2", text), encoding="utf-8")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    notebooks.stamp(tmp_path)
+    execution = notebooks.execute(notebooks.find_notebooks(tmp_path, 2)[0])
+    assert execution.failure == ""
+    assert execution.headline == "exact match before training 0%"
+    test_a_day_reads_as_a_lesson(execution.notebook)
+    test_a_day_was_executed_top_to_bottom_without_errors(execution.notebook)
 
 
 def test_a_day_has_a_headline_and_runs_in_colab(day):
