@@ -12,7 +12,8 @@ Arrows point one way, from top to leaf. Importing `course_lib` imports nothing h
 | middle | `world`      | the generated world of the tiny model: facts, and instruction tasks over it |
 | middle | `corpus`     | what the tiny model has read: prose and quizzes about that world            |
 | middle | `models`     | the base models by name, where each comes from, fallbacks                   |
-| middle | `batching`   | tokenize, mask the prompt, pad; `show_mask`                                 |
+| middle | `batching`   | tokenize, mask the prompt, pad, pack; `show_mask`                           |
+| middle | `vocabulary` | new pieces for a tokenizer, new rows for the embeddings                      |
 | middle | `memory`     | bytes of weights, gradients and optimizer states                            |
 | upper  | `training`   | `finetune()` over transformers' Trainer                                     |
 | upper  | `evaluation` | `evaluate()`: valid JSON, right topic, exact match, retention               |

@@ -6,13 +6,19 @@ its prompt is one of two fixed texts, and the model is trained to go on with the
 Python's json accepts NaN, repeated keys and lone surrogates without a word, and turns a wrong file into a puzzling error
 later. The reader here does not: a file that cannot be trusted as a whole raises DataError; a record that cannot be used is
 refused and counted with its reason, so that always  read = kept + refused.
+
+Self-Instruct (Wang et al. 2022, arXiv 2212.10560, section 2) lets a model write new instructions: eight of them as demonstrations,
+a ninth asked for, and a candidate stays if its ROUGE-L with every instruction kept so far is below 0.7. The wording of the prompt
+is ours; the paper's second half, which lets the model write inputs and outputs too, is not here.
 """
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +39,8 @@ FIELDS = ("instruction", "input", "output")
 MAX_FIELD_CHARACTERS = 100_000  # far above any instruction; a record of megabytes is a broken export
 BINARY_STARTS = {b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file"}
 JSON_LINES = (".jsonl", ".ndjson")
+DEMONSTRATIONS = 8  # a Self-Instruct prompt shows six tasks written by people and two by a model
+SHORTEST, LONGEST = 4, 150  # words of an instruction that the authors' code keeps
 EXPECTED = 'a list of {"instruction": text, "input": text or "", "output": text}'
 
 
@@ -154,6 +162,86 @@ def split_records(records: Sequence[Record], held_out: int, seed: int) -> tuple[
         raise CourseError(f"held_out={held_out} must lie in 1..{len(records) - 1} for {len(records)} records")
     shuffled = random.Random(seed).sample(records, len(records))
     return shuffled[held_out:], shuffled[:held_out]
+
+
+def self_instruct_prompt(demonstrations: Sequence[str]) -> str:
+    """Eight numbered instructions and the number of the ninth, which the model shall write.
+
+    The prompt ends in a colon, not in a space: tokenizers glue a space to the word that follows.
+
+    >>> self_instruct_prompt([f"Name {n} rivers." for n in range(1, 9)]).splitlines()[-2:]
+    ['Task 8: Name 8 rivers.', 'Task 9:']
+    """
+    if len(demonstrations) != DEMONSTRATIONS:
+        raise CourseError(f"{len(demonstrations)} demonstrations, expected {DEMONSTRATIONS}: six by people, two by a model")
+    lines = [f"Task {number}: {' '.join(text.split())}" for number, text in enumerate(demonstrations, start=1)]
+    head = "Below is a list of tasks for an assistant. Each is different from the others and can be done in writing.\n\n"
+    return head + "\n".join([*lines, f"Task {DEMONSTRATIONS + 1}:"])
+
+
+def parse_instructions(reply: str) -> list[str]:
+    """The instructions in what a model wrote after a Self-Instruct prompt: one a number, each the first line that follows it.
+
+    >>> parse_instructions(" Name a fruit.\\nTask 10: Name a tool.\\n\\n11. Write a line about rain")
+    ['Name a fruit.', 'Name a tool.', 'Write a line about rain']
+    """
+    parts = re.split(r"^[ \t]*(?:Task[ \t]+\d+[ \t]*[.:)]|\d+[.:)](?=\s))", reply, flags=re.MULTILINE | re.IGNORECASE)
+    firsts = [next((line.strip() for line in part.splitlines() if line.strip()), "") for part in parts]
+    return [line for line in firsts if line]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a filter did. dropped: (candidate, reason), so that  candidates = kept + dropped."""
+
+    kept: list[str]
+    dropped: list[tuple[str, str]]
+
+
+def novel(candidates: Sequence[str], pool: Sequence[str], threshold: float = 0.7) -> Selection:
+    """Keep the candidates whose ROUGE-L F1 with each instruction of `pool`, and with each kept before, is below `threshold`.
+
+    Needs the package rouge-score. A candidate that is no whole sentence of 4 to 150 words is dropped before it is compared.
+
+    >>> selection = novel(["Name a river in Africa.", "Name a river in Asia.", "Write"], ["Name three kinds of bread."])
+    >>> selection.kept
+    ['Name a river in Africa.']
+    >>> selection.dropped
+    [('Name a river in Asia.', 'ROUGE-L 0.80 with "Name a river in Africa."'), ('Write', '1 words, expected 4 to 150')]
+    """
+    scorer, kept, dropped = rouge_scorer(), [], []
+    for candidate in candidates:
+        words = len(_words(candidate))
+        if not SHORTEST <= words <= LONGEST:
+            dropped.append((candidate, f"{words} words, expected {SHORTEST} to {LONGEST}"))
+        elif not candidate.rstrip("\"')”’").endswith((".", "?", "!", ":", "。", "？", "！", "：")):
+            dropped.append((candidate, "cut off: no mark at its end"))
+        else:
+            scores = [(scorer.score(known, candidate)["rougeL"].fmeasure, known) for known in (*pool, *kept)]
+            highest, nearest = max(scores, default=(0.0, ""))
+            if highest < threshold:
+                kept.append(candidate)
+            else:
+                dropped.append((candidate, f'ROUGE-L {highest:.2f} with "{nearest}"'))
+    return Selection(kept, dropped)
+
+
+@cache
+def rouge_scorer() -> Any:
+    """rouge-score's scorer for "rougeL". Its own tokenizer drops all but a-z and 0-9; here a Chinese character is a word, too."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise CourseError("the package rouge-score is missing: pip install rouge-score") from None
+
+    class Words:
+        tokenize = staticmethod(_words)
+
+    return RougeScorer(["rougeL"], tokenizer=Words())
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+|[\u4e00-\u9fff]", text.lower())
 
 
 def _problem(row: Any, extra: Sequence[str]) -> tuple[str, str] | None:

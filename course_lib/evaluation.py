@@ -7,6 +7,9 @@ pass says which answers a greedy reply would repeat exactly.
 
 Retention asks plain questions in the chat template, which the untouched model answered: is the answer still in the reply? Replies
 that come wrapped in JSON are counted apart, since a right answer in the wrong clothes is neither kept nor lost.
+
+Two measures of the field for text without one right answer: perplexity, how surprised a model is by a text, and the overlap of a
+reply with a reference, ROUGE-L (Lin 2004, ACL W04-1013) and BLEU (Papineni et al. 2002, ACL P02-1040), both from their libraries.
 """
 
 import json
@@ -20,8 +23,8 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from course_lib.alpaca import DataError, Record, read_records
-from course_lib.batching import check_ids, collate, encode, encode_prompt
+from course_lib.alpaca import DataError, Record, read_records, rouge_scorer
+from course_lib.batching import Example, check_ids, collate, encode, encode_prompt
 from course_lib.runtime import CourseError, data_folder, measure
 from course_lib.training import supervised_logits
 
@@ -241,6 +244,57 @@ def score_answers(base: "Loaded", records: Sequence[Record], batch_size: int = 6
         for index, loss, hits in zip(indices, token_losses.split(counts), likeliest.split(counts), strict=True):
             losses[index], exact[index] = loss.sum().item(), bool(hits.all())
     return AnswerScore(sum(losses) / sum(len(example.supervised_ids) for example in examples), exact)
+
+
+def perplexity(base: "Loaded", texts: Sequence[str], batch_size: int = 8) -> float:
+    """exp of the mean of -log p(token | the tokens of its text before it), over all tokens of all texts but each text's first one.
+
+    Between how many equally likely tokens the model hesitates, on average. It is counted a token, so two models compare only if
+    they share a tokenizer. A text is tokenized as the tokenizer does by default, with BOS where it puts one.
+    Raises CourseError if a text has fewer than two tokens, or more than the model has positions.
+    """
+    _check_batch_size(batch_size)
+    longest = base.model.config.max_position_embeddings
+    examples = []
+    for number, text in enumerate(texts, start=1):
+        ids = base.tokenizer(text)["input_ids"]
+        if not 2 <= len(ids) <= longest:
+            raise CourseError(f"text {number} has {len(ids)} tokens, perplexity needs 2 to {longest}")
+        examples.append(Example(ids, ids))
+    if not examples:
+        raise CourseError("there are no texts to score")
+    check_ids((token for example in examples for token in example.input_ids), base.model)
+    base.model.eval()
+    losses = []
+    for start in range(0, len(examples), batch_size):
+        batch = collate(examples[start : start + batch_size], base.tokenizer.pad_token_id)
+        batch = {name: tensor.to(base.model.device) for name, tensor in batch.items()}
+        with torch.inference_mode():
+            logits, right = supervised_logits(base.model, batch)  # (K, V), (K,)
+            losses.append(torch.nn.functional.cross_entropy(logits, right, reduction="none"))
+    return torch.cat(losses).double().mean().exp().item()
+
+
+def text_scores(replies: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> dict[str, float]:
+    """ROUGE-L, the mean F1 over replies, and BLEU of the replies as one corpus; both from 0 to 100, through their libraries.
+
+    tokenize: sacrebleu's tokenizer; "zh" for Chinese
+    Needs the packages rouge-score and sacrebleu. BLEU counts up to four words in a row, so for a single short reply it is mostly
+    smoothing, and 0 for a reply of fewer than four words.
+
+    >>> text_scores(["the cat sat on the mat"], ["the cat sat on the mat"])
+    {'ROUGE-L': 100.0, 'BLEU': 100.0}
+    """
+    if not replies or len(replies) != len(references):
+        raise CourseError(f"found {len(replies)} replies and {len(references)} references, expected one for one, and at least one")
+    try:
+        import sacrebleu
+    except ImportError:
+        raise CourseError("the package sacrebleu is missing: pip install sacrebleu") from None
+    scorer = rouge_scorer()
+    f1 = [scorer.score(right, reply)["rougeL"].fmeasure for reply, right in zip(replies, references, strict=True)]
+    bleu = sacrebleu.corpus_bleu(list(replies), [list(references)], tokenize=tokenize).score
+    return {"ROUGE-L": 100 * sum(f1) / len(f1), "BLEU": min(bleu, 100.0)}  # sacrebleu gives 100.00000000000004
 
 
 def chat_prompt(base: "Loaded", question: str) -> list[int]:

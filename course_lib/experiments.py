@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SEEDS = (0, 1, 2)
 WEEK_FILE = "table_of_the_week.json"
+QUALITY_FILE = "data_quality.json"
+EFFECTS_FILE = "tiny_llama/effects.json"
 MAX_TOKENS = 256  # above every record of both experiments; a longer one stops the comparison
 Prepare = Callable[["Loaded"], None]
 
@@ -240,6 +242,19 @@ def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         row["scores"] = {name: round(value, 4) for name, value in row["scores"].items()}
         row["seconds"] = round(row["seconds"], 1)
     return rows
+
+
+def read_effect(name: str) -> list[Outcome]:
+    """One of the effects that data/recipes/measure_effects.py measured on `tiny`, such as "prompt_masking"."""
+    path = data_folder() / EFFECTS_FILE
+    try:
+        effects = json.loads(path.read_text(encoding="utf-8"))
+        outcomes = {effect: [Outcome(**row) for row in rows] for effect, rows in effects.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise DataError(f"{path} holds no measured effects: restore it, or measure again as data/README.md says") from None
+    if name not in outcomes:
+        raise CourseError(f"effect {name!r} was not measured, expected one of {', '.join(outcomes)}")
+    return outcomes[name]
 
 
 def read_outcomes(path: Path | None = None) -> list[Outcome]:

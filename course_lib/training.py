@@ -71,7 +71,7 @@ class Run:
 def supervised_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Logits (K, V) at the K positions whose next token is supervised, and these tokens (K,). No other row goes through the head.
 
-    batch: input_ids, attention_mask, labels, each (N, T)
+    batch: input_ids, attention_mask, labels, each (N, T); or what `collate_packed` makes
     """
     labels = batch["labels"][:, 1:]  # position t predicts token t + 1
     supervised = labels != IGNORED  # (N, T - 1)
@@ -83,8 +83,9 @@ def supervised_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tenso
         return (hidden[:, :-1][supervised].unsqueeze(0),)  # (1, K, C)
 
     hook = unwrapped(model).get_output_embeddings().register_forward_pre_hook(keep_supervised)
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     try:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
     return logits[0].float(), labels[supervised]
@@ -93,7 +94,7 @@ def supervised_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tenso
 def supervised_loss(model: nn.Module, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:
     """Cross-entropy of the next token where labels are not -100; equal to the library's loss, with fewer rows in the head.
 
-    batch: input_ids, attention_mask, labels, each (N, T)
+    batch: input_ids, attention_mask, labels, each (N, T); or what `collate_packed` makes
     reduction: "mean" or "sum" over supervised positions
     """
     return nn.functional.cross_entropy(*supervised_logits(model, batch), reduction=reduction)

@@ -12,7 +12,7 @@ Four tasks are HARD, named before anything was measured: they leave room in whic
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from course_lib.alpaca import Record
@@ -291,3 +291,42 @@ def read_kemic() -> list[Record]:
         for noun, word in kemic().items()
         for wording in wordings
     ]
+
+
+def corrupt_answers(records: Sequence[Record], share: float, seed: int) -> list[Record]:
+    """A copy of `records` in which this share of the answers is wrong: each is the answer of another record of its task.
+
+    So the form of every answer stays right. `extra["wrong"]` marks the records that were changed.
+
+    >>> records = [Record("Plural.", plural(noun), noun, {"task": "plural"}) for noun in ("fox", "cat")]
+    >>> [record.output for record in corrupt_answers(records, 0.5, seed=0)]
+    ['foxes', 'foxes']
+    """
+    draw, changed = random.Random(seed), list(records)
+    for index in draw.sample(range(len(records)), round(share * len(records))):
+        record = records[index]
+        others = [
+            other.output for other in records if other.extra["task"] == record.extra["task"] and other.output != record.output
+        ]
+        if not others:
+            raise CourseError(f"task {record.extra['task']!r} has one answer only here: give more of its records")
+        changed[index] = replace(record, output=draw.choice(others), extra=record.extra | {"wrong": "yes"})
+    return changed
+
+
+def replace_by_copies(records: Sequence[Record], share: float, seed: int) -> list[Record]:
+    """As many records as before, of which this share is now a copy of one of the others: fewer different ones.
+
+    >>> records = read_world("train", ["plural"])
+    >>> copies = replace_by_copies(records, 0.2, seed=0)
+    >>> len(copies), len({record.input for record in copies})
+    (60, 48)
+    """
+    draw, changed = random.Random(seed), list(records)
+    lost = draw.sample(range(len(records)), round(share * len(records)))
+    kept = sorted(set(range(len(records))) - set(lost))
+    if lost and not kept:
+        raise CourseError(f"share={share} leaves no record to copy, expected less than 1")
+    for index in lost:
+        changed[index] = records[draw.choice(kept)]
+    return changed

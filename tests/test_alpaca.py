@@ -212,3 +212,74 @@ def test_as_many_records_as_alpaca_has_are_checked_in_seconds(tmp_path):
     assert len(reading.records) == 52_002
     assert cost.seconds < 60
     assert cost.peak_bytes < GIB + 10**9, "resident memory of the whole process, torch included"
+
+
+EIGHT = [f"Name {number} rivers of Asia." for number in "one two three four five six seven eight".split()]
+
+
+def test_the_self_instruct_prompt_numbers_eight_demonstrations_and_asks_for_the_ninth():
+    prompt = alpaca.self_instruct_prompt(EIGHT)
+    assert [f"Task {number}: {text}" in prompt for number, text in enumerate(EIGHT, start=1)] == [True] * 8
+    assert prompt.endswith("\nTask 9:")
+    assert alpaca.self_instruct_prompt(["Sort.\n  Then stop.", *EIGHT[1:]]).count("\n") == prompt.count("\n")
+    with pytest.raises(CourseError, match="7 demonstrations, expected 8"):
+        alpaca.self_instruct_prompt(EIGHT[:7])
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (" Name a fruit.\nTask 10: Name a tool.", ["Name a fruit.", "Name a tool."]),
+        ("Name a fruit.\n10. Name a tool.\n11) Name a sea.", ["Name a fruit.", "Name a tool.", "Name a sea."]),
+        ("Write 3. 14 is not a number here.", ["Write 3. 14 is not a number here."]),
+        ("\n\nName a fruit.\nAn apple is one.\nTask 10:", ["Name a fruit."]),
+        ("用一句话介绍长江。\nTASK 10 : Name a tool.", ["用一句话介绍长江。", "Name a tool."]),
+        ("", []),
+        (" \n", []),
+    ],
+)
+def test_a_reply_is_split_at_its_numbers(reply, expected):
+    assert alpaca.parse_instructions(reply) == expected
+
+
+def test_what_self_instruct_drops_has_a_reason_and_nothing_is_lost():
+    candidates = [
+        "Name four rivers of Asia!",
+        "Describe the smell of rain in one sentence.",
+        "Describe the smell of rain in two sentences.",
+        "Write a poem.",
+        "Write a story about a dog that",
+    ]
+    selection = alpaca.novel(candidates, EIGHT)
+    assert selection.kept == ["Describe the smell of rain in one sentence."]
+    assert [text for text, _ in selection.dropped] == [candidates[index] for index in (0, 2, 3, 4)]
+    reasons = [reason for _, reason in selection.dropped]
+    assert reasons[0].startswith('ROUGE-L 1.00 with "Name')
+    assert reasons[1:] == [
+        'ROUGE-L 0.75 with "Describe the smell of rain in one sentence."',  # 6 of 8 words in common: 2 * 6 / (8 + 8)
+        "3 words, expected 4 to 150",
+        "cut off: no mark at its end",
+    ]
+    assert alpaca.novel(candidates[1:3], [], threshold=0.76).dropped == []
+
+
+def test_chinese_instructions_are_compared_by_character():
+    selection = alpaca.novel(["用一句话介绍黄河。", "写一首关于雨的诗。"], ["用一句话介绍长江。"])
+    assert selection.kept == ["写一首关于雨的诗。"]
+    assert "ROUGE-L 0.75" in selection.dropped[0][1]
+
+
+def test_on_english_the_scorer_is_the_librarys_own():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    own = RougeScorer(["rougeL"])
+    for one in EIGHT:
+        for other in ("Name 3 rivers, please: two in Asia.", "It's RAINING in Rome", EIGHT[0]):
+            assert alpaca.rouge_scorer().score(one, other) == own.score(one, other)
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "rouge_score.rouge_scorer", None)
+    alpaca.rouge_scorer.cache_clear()
+    with pytest.raises(CourseError, match="rouge-score is missing: pip install rouge-score"):
+        alpaca.novel(["Name a river in Africa."], [])

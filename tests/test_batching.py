@@ -5,7 +5,7 @@ import torch
 
 from course_lib import batching
 from course_lib.alpaca import Record
-from course_lib.batching import IGNORED, Example, collate, encode, encode_records
+from course_lib.batching import IGNORED, Example, collate, collate_packed, encode, encode_records
 from course_lib.runtime import CourseError
 
 
@@ -91,6 +91,74 @@ def test_grouping_by_length_pads_less_and_loses_nothing():
     assert order != batching.length_grouped_order(lengths, batch_size=8, seed=2)
     grouped = batching.real_token_share([lengths[index] for index in order], batch_size=8)
     assert grouped > 0.9 > batching.real_token_share(lengths, batch_size=8)
+
+
+def examples_of(lengths, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(1, 1500, (length,), generator=draw).tolist() for length in lengths]
+    return [Example(ids, [IGNORED] * min(2, len(ids)) + ids[2:]) for ids in rows]
+
+
+def test_packing_loses_nothing_and_overfills_no_row():
+    examples = examples_of(torch.randint(1, 100, (200,), generator=torch.Generator().manual_seed(0)).tolist())
+    rows = batching.pack(examples, max_tokens=128)
+    assert sorted(id(example) for row in rows for example in row) == sorted(map(id, examples))
+    assert max(sum(map(len, row)) for row in rows) <= 128
+    fewest = -(-sum(map(len, examples)) // 128)
+    assert fewest <= len(rows) <= 11 / 9 * fewest + 6 / 9
+
+
+def test_packing_puts_each_example_into_the_first_row_with_room():
+    rows = batching.pack(examples_of([4, 8, 1, 4, 2, 1]), max_tokens=10)
+    assert [[len(example) for example in row] for row in rows] == [[8, 2], [4, 4, 1, 1]]
+    with pytest.raises(CourseError, match="an example has 8 tokens, a row takes 7"):
+        batching.pack(examples_of([4, 8]), max_tokens=7)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-4), (torch.float64, 1e-5)])  # of logits up to 20
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_examples_get_the_logits_they_have_alone(tiny, attention, dtype, close):
+    tiny.model.to(dtype).set_attn_implementation(attention)
+    rows = batching.pack(examples_of([9, 30, 17, 5, 12, 3, 1]), max_tokens=40)
+    batch = collate_packed(rows, pad_id=0, dtype=dtype)
+    labels = batch.pop("labels")
+    with torch.inference_mode():
+        logits = tiny.model(**batch).logits
+        for index, row in enumerate(rows):
+            start = 0
+            for example in row:
+                place = slice(start, start + len(example))
+                alone = tiny.model(torch.tensor([example.input_ids])).logits[0]
+                torch.testing.assert_close(logits[index, place], alone, atol=close, rtol=0)
+                assert labels[index, place].tolist() == example.labels
+                start += len(example)
+            assert (labels[index, start:] == IGNORED).all()
+    assert logits.isfinite().all(), "padding positions, too"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_examples_cannot_see_each_other(tiny, attention):
+    tiny.model.set_attn_implementation(attention)
+    first, second, third = examples_of([11, 7, 9])
+    other = Example([7] * 7, [7] * 7)
+    with torch.inference_mode():
+        logits, changed = (
+            tiny.model(**{name: tensor for name, tensor in collate_packed([row], 0).items() if name != "labels"}).logits[0]
+            for row in ([first, second, third], [first, other, third])
+        )
+    assert torch.equal(logits[:11], changed[:11])
+    assert torch.equal(logits[18:], changed[18:])
+    assert not torch.equal(logits[11:18], changed[11:18])
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_the_loss_of_a_packed_batch_is_that_of_the_padded_one(tiny, records, mask_prompt):
+    from course_lib.training import supervised_loss
+
+    examples = encode_records(records, tiny.tokenizer, 1000, mask_prompt=mask_prompt).examples
+    padded = supervised_loss(tiny.model, collate(examples, 0))
+    packed = supervised_loss(tiny.model, collate_packed(batching.pack(examples, 150), 0))
+    assert packed.item() == pytest.approx(padded.item(), abs=1e-5)
 
 
 def test_show_mask_marks_what_is_trained_and_escapes_html(tiny):

@@ -1,6 +1,7 @@
 """Tests of course_lib.evaluation."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -96,6 +97,70 @@ def test_the_score_of_answers_is_mean_loss_and_exact_match_whatever_the_batches(
         assert score.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
         assert score.exact == exact
         assert score.exact_rate == sum(exact) / len(exact)
+
+
+def test_perplexity_is_exp_of_the_librarys_loss_whatever_the_batches(tiny):
+    texts = ["Ada lives in Arlen.", "The fox is an animal. " * 9, "q q q"]
+    losses, counts = [], []
+    for text in texts:
+        ids = torch.tensor([tiny.tokenizer(text)["input_ids"]])
+        losses.append(tiny.model(ids, labels=ids).loss.item())
+        counts.append(ids.shape[1] - 1)
+    mean = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    for batch_size in (1, 2, 8):
+        assert evaluation.perplexity(tiny, texts, batch_size) == pytest.approx(math.exp(mean), rel=1e-5)
+
+
+def test_a_model_that_knows_nothing_hesitates_between_all_tokens(tiny):
+    with torch.no_grad():
+        tiny.model.get_output_embeddings().weight.zero_()  # every logit 0
+    assert evaluation.perplexity(tiny, ["The fox is an animal."]) == pytest.approx(tiny.model.config.vocab_size)
+
+
+def test_perplexity_refuses_what_it_cannot_score(tiny):
+    with pytest.raises(CourseError, match="there are no texts"):
+        evaluation.perplexity(tiny, [])
+    with pytest.raises(CourseError, match="text 2 has 0 tokens, perplexity needs 2 to 2048"):
+        evaluation.perplexity(tiny, ["The fox", ""])
+    with pytest.raises(CourseError, match="text 1 has 30.. tokens"):
+        evaluation.perplexity(tiny, ["fox " * 3000])
+
+
+def test_rouge_and_bleu_by_hand():
+    reply, right = "the cat sat on a mat", "the cat sat on the mat"
+    scores = evaluation.text_scores([reply], [right])
+    assert scores["ROUGE-L"] == pytest.approx(100 * 2 * 5 / (6 + 6))  # the cat sat on mat
+    precisions = (5 / 6, 3 / 5, 2 / 4, 1 / 3)  # of 1, 2, 3 and 4 words in a row; no brevity penalty, the lengths are equal
+    assert scores["BLEU"] == pytest.approx(100 * math.prod(precisions) ** (1 / 4), abs=1e-9)
+    short = evaluation.text_scores(["the cat sat on the"], [right])
+    assert short["ROUGE-L"] == pytest.approx(100 * 2 * 5 / (5 + 6))
+    assert short["BLEU"] == pytest.approx(100 * math.exp(1 - 6 / 5), abs=1e-9)  # all n-grams right, one word missing
+
+
+def test_text_scores_are_the_libraries():
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    task = evaluation.read_task("test")
+    replies, references = [r.instruction for r in task[:60]], [r.instruction for r in task[60:]]
+    scores = evaluation.text_scores(replies, references)
+    rouge = [RougeScorer(["rougeL"]).score(b, a)["rougeL"].fmeasure for a, b in zip(replies, references, strict=True)]
+    assert scores["ROUGE-L"] == pytest.approx(100 * sum(rouge) / 60, abs=1e-9)
+    assert scores["BLEU"] == pytest.approx(sacrebleu.corpus_bleu(replies, [references]).score, abs=1e-9)
+    assert 0 < scores["BLEU"] < scores["ROUGE-L"] < 100
+
+
+def test_chinese_text_is_scored_by_character():
+    reply, right = "长江是亚洲最长的河", "长江是中国最长的河"
+    scores = evaluation.text_scores([reply], [right], tokenize="zh")
+    assert scores["ROUGE-L"] == pytest.approx(100 * 7 / 9)
+    assert scores["BLEU"] == pytest.approx(100 * (7 / 9 * 5 / 8 * 3 / 7 * 1 / 6) ** (1 / 4))
+
+
+def test_text_scores_refuse_lists_that_do_not_fit():
+    for replies, references in (([], []), (["a"], []), (["a"], ["a", "b"])):
+        with pytest.raises(CourseError, match="expected one for one"):
+            evaluation.text_scores(replies, references)
 
 
 def test_evaluating_changes_no_weight_and_no_generator(tiny, records):

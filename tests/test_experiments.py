@@ -137,3 +137,14 @@ def test_a_base_that_cannot_be_had_is_named(plurals, machine, monkeypatch):
 def test_the_task_of_the_week_is_day_ones_recipe():
     task = experiments.week_experiment()
     assert (task.base, len(task.train), task.steps, task.batch_size) == ("smollm2-135m", 440, 32, 4)
+
+
+def test_a_measured_effect_is_read_by_its_name(tmp_path, monkeypatch):
+    outcomes = experiments.read_effect("prompt_masking")
+    assert {outcome.seed for outcome in outcomes} == {0, 1, 2}
+    assert all("exact match" in outcome.scores for outcome in outcomes)
+    with pytest.raises(CourseError, match="effect 'warp' was not measured, expected one of formats, "):
+        experiments.read_effect("warp")
+    monkeypatch.setattr(experiments, "data_folder", lambda: tmp_path)
+    with pytest.raises(DataError, match="holds no measured effects"):
+        experiments.read_effect("prompt_masking")

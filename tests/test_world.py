@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -127,3 +128,31 @@ def test_an_unknown_split_or_task_is_refused():
         world.read_world("dev")
     with pytest.raises(CourseError, match="task 'sort' is not known, expected some of city, job"):
         world.read_world("test", ["sort"])
+
+
+def test_corrupted_answers_are_wrong_in_the_right_form_and_counted():
+    records = world.read_world("train")
+    changed = world.corrupt_answers(records, 0.2, seed=1)
+    wrong = [index for index, (one, other) in enumerate(zip(records, changed, strict=True)) if one.output != other.output]
+    assert len(wrong) == round(0.2 * len(records)) == sum("wrong" in record.extra for record in changed)
+    answers = {name: {record.output for record in records if record.extra["task"] == name} for name in world.TASKS}
+    for index in wrong:
+        assert (changed[index].instruction, changed[index].input) == (records[index].instruction, records[index].input)
+        assert changed[index].output in answers[records[index].extra["task"]]
+    assert records == world.read_world("train"), "the caller's records stay"
+    assert changed == world.corrupt_answers(records, 0.2, seed=1) != world.corrupt_answers(records, 0.2, seed=2)
+    assert world.corrupt_answers(records, 0.0, seed=1) == records
+    with pytest.raises(CourseError, match="task 'plural' has one answer only"):
+        world.corrupt_answers(world.read_world("train", ["plural"])[:1], 1.0, seed=0)
+
+
+def test_copies_cost_variety_and_nothing_else():
+    records = world.read_world("train")
+    changed = world.replace_by_copies(records, 0.2, seed=1)
+    assert len(changed) == len(records)
+    assert all(record in records for record in changed)
+    places = Counter(map(id, changed))
+    assert len(places) == len(records) - round(0.2 * len(records))
+    assert world.replace_by_copies(records, 0.0, seed=1) == records
+    with pytest.raises(CourseError, match="leaves no record to copy"):
+        world.replace_by_copies(records, 1.0, seed=0)
