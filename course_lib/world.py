@@ -262,7 +262,7 @@ def read_world(split: str, tasks: Sequence[str] = tuple(TASKS)) -> list[Record]:
 
     >>> record = read_world("test", ["plural"])[0]
     >>> print(record.instruction, record.input, "->", record.output)
-    Put the noun into the plural. boot -> boots
+    Write the plural of the word. cactus -> cactuses
     """
     counts = {"train": TRAIN_RECORDS, "test": TEST_RECORDS}
     if split not in counts:

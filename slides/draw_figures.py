@@ -124,26 +124,8 @@ def headline(notebook: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def week_outcomes() -> list[experiments.Outcome]:
-    """The runs of Day 1's rows: from the table of the week, or from the first baselines where that is not there yet."""
-    data = ROOT / "data"
-    if (data / experiments.WEEK_FILE).exists():
-        outcomes = experiments.read_outcomes(data / experiments.WEEK_FILE)
-        return [outcome for outcome in outcomes if outcome.method in WEEK_ROWS]
-    names = {"valid JSON": "valid_json", "right topic": "right_topic", "right answer": "right_answer", "retention": "retention"}
-    methods = {"untouched": "untouched", "full": "full fine-tuning"}
-    runs = json.loads((data / "task_baselines.json").read_text(encoding="utf-8"))
-    return [
-        experiments.Outcome(
-            methods[run["method"]],
-            run.get("seed", 0),
-            run.get("trained", 0),
-            {name: run[key] for name, key in names.items()},
-            0.0,
-            0,
-        )
-        for run in runs
-        if run["method"] in methods
-    ]
+    """The runs of Day 1's rows in the table of the week."""
+    return [outcome for outcome in experiments.read_outcomes() if outcome.method in WEEK_ROWS]
 
 
 def week_table() -> str:

@@ -78,9 +78,10 @@ def test_a_tokenizer_that_starts_with_bos_keeps_it(tiny):
     tiny.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, tiny.tokenizer.bos_token_id)]
     )
-    example = encode(Record("Hi", "Ho"), tiny.tokenizer)
-    assert example.input_ids.count(tiny.tokenizer.bos_token_id) == 1
-    assert example.input_ids[0] == tiny.tokenizer.bos_token_id
+    prompt_ids = batching.encode_prompt(Record("Hi", "Ho"), tiny.tokenizer)
+    assert prompt_ids.count(tiny.tokenizer.bos_token_id) == 1
+    assert prompt_ids[0] == tiny.tokenizer.bos_token_id
+    assert encode(Record("Hi", "Ho"), tiny.tokenizer).input_ids[: len(prompt_ids)] == prompt_ids
 
 
 def test_grouping_by_length_pads_less_and_loses_nothing():
@@ -164,7 +165,7 @@ def test_the_loss_of_a_packed_batch_is_that_of_the_padded_one(tiny, records, mas
 def test_show_mask_marks_what_is_trained_and_escapes_html(tiny):
     example = encode(Record("<b>", "<i>\n"), tiny.tokenizer)
     view = batching.show_mask(example, tiny.tokenizer)
-    assert repr(view).endswith("### Response:[ <][i][>][\n][<|endoftext|>]")
+    assert repr(view).endswith("### Response:[ ][<][i][>][\n][<|endoftext|>]")
     assert "<b>" not in view._repr_html_()
     assert "&lt;" in view._repr_html_()
     assert "&#x21B5;" in view._repr_html_()

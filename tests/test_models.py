@@ -40,7 +40,7 @@ def small_wheel(empty_cache, monkeypatch):
         return empty_cache
 
     def unpack(source, target):
-        shutil.copytree(models.tiny_folder(), target, dirs_exist_ok=True)
+        shutil.copytree(models.tiny_folder(), target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(sealing.SEAL))
 
     monkeypatch.setattr(models, "_gguf_folder", gguf_folder)
     monkeypatch.setattr(models, "_unpack", unpack)
@@ -113,8 +113,12 @@ def test_a_gated_model_falls_back_to_the_next_smaller(machine, small_wheel, monk
 
 
 def test_a_hub_that_breaks_off_in_the_download_is_a_missing_source(machine, empty_cache, no_network, monkeypatch):
-    def broken(*_, **__):
-        raise OSError("connection reset\nby peer")
+    local = models._from_pretrained
+
+    def broken(source, *arguments, **options):
+        if isinstance(source, str):  # a name on the Hub, not a folder
+            raise OSError("connection reset\nby peer")
+        return local(source, *arguments, **options)
 
     monkeypatch.setattr(hub, "probe", lambda *_: None)
     monkeypatch.setattr(models, "_from_pretrained", broken)
