@@ -150,7 +150,7 @@ def stated_numbers():
     before, after = found("topics with no answer seen", r"right before (\d+), after (\d+)")
     (unseen,) = found("topics with no answer seen", r"training: (\d+) questions")
     lost, asked = found("lost = [", r"(\d+) of \d+ lost, .* JSON: (\d+)")
-    steps, supervised = found("training.finetune(", r"(\d+) steps, .* \(([\d,]+) supervised\)")
+    steps, supervised = found("steps=STEPS,", r"(\d+) steps, .* \(([\d,]+) supervised\)")
     (train,) = found("things = {}", r"train (\d+) questions")
     (test,) = found("things = {}", r"test (\d+) questions")
     assert int(asked) == 0, "the slide says that none was wrapped in JSON"
