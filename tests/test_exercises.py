@@ -84,7 +84,7 @@ def test_an_exercise_has_its_label_hints_and_a_folded_solution(name):
 @pytest.mark.parametrize("path", DAYS, ids=lambda path: path.stem)
 def test_the_head_of_a_day_counts_the_minutes_of_its_exercises(path):
     minutes = sum(int(re.search(r"(\d+) minutes", exercise.label)[1]) for exercise in exercises_of(path).values())
-    assert f" and {minutes} for " in nbformat.read(path, as_version=4).cells[0].source
+    assert f"exercises take another {minutes}" in nbformat.read(path, as_version=4).cells[0].source
 
 
 def test_later_cells_do_not_need_a_learners_function():

@@ -195,7 +195,7 @@ def test_the_template_becomes_a_day_as_contributing_says(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copy(ROOT / "README.md", tmp_path)
     notebooks.stamp(tmp_path)
-    execution = notebooks.execute(notebooks.find_notebooks(tmp_path, 2)[0])
+    execution = notebooks.execute(notebooks.find_notebooks(tmp_path / "notebooks", 2)[0])
     assert execution.failure == ""
     assert execution.headline == "exact match before training 0%"
     test_a_day_reads_as_a_lesson(execution.notebook)
