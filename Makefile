@@ -19,7 +19,7 @@ run: setup  ## execute the notebooks on this machine, write build/course/index.h
 
 test: setup  ## unit tests, docstring examples, and nbval over all notebooks
 	@echo "== unit tests and docstring examples"
-	@$(BIN)/python -m pytest -q --doctest-modules --durations=5 tests course_lib
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --doctest-modules --durations=5 tests course_lib
 	@echo "== notebooks: every cell executed with the network blocked, exact outputs compared (minutes)"
 	@PYTHONPATH=tests/offline $(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg \
 		--nbval-cell-timeout 300 --durations=10 -v notebooks

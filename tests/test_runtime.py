@@ -1,6 +1,7 @@
 """Tests of course_lib.runtime."""
 
 import random
+import time
 import subprocess
 import sys
 
@@ -79,6 +80,7 @@ def test_measure_sees_a_block_of_memory_while_it_lives():
         pass
     with runtime.measure() as cost:
         block = torch.ones(50 * 2**20)  # 200 MiB
+        time.sleep(5 * runtime.SAMPLING_SECONDS)
         del block
     assert cost.peak_bytes - before.peak_bytes > 150 * 2**20
     assert cost.seconds > 0

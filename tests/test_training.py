@@ -13,7 +13,7 @@ import torch
 
 from course_lib import models, training
 from course_lib.alpaca import Record
-from course_lib.batching import IGNORED, Example, collate, encode, encode_records
+from course_lib.batching import IGNORED, Example, collate, encode, encode_prompt, encode_records
 from course_lib.evaluation import generate
 from course_lib.runtime import GIB, CourseError, Gpu, decide
 from course_lib.training import TrainingError, finetune, supervised_loss
@@ -85,18 +85,17 @@ def test_a_batch_without_supervised_tokens_is_refused(tiny):
 
 def test_a_batch_overfits_and_is_reproduced(machine, tiny):
     record = Record("Say it.", 'Stone, "paper", scissors!')
-    run = finetune(tiny, [encode(record, tiny.tokenizer)] * 4, machine, steps=80, batch_size=4, learning_rate=1e-2, say=QUIET)
+    run = finetune(tiny, [encode(record, tiny.tokenizer)] * 4, machine, steps=60, batch_size=4, learning_rate=3e-3, say=QUIET)
     assert run.losses[-1] < 0.1 < run.losses[0]
-    prompt = encode(record, tiny.tokenizer).input_ids[: -len(record.output) - 1]
-    assert generate(tiny, [prompt], 60) == [record.output]
+    assert generate(tiny, [encode_prompt(record, tiny.tokenizer)], 60) == [record.output]
 
 
 def test_accumulation_takes_the_same_step_as_a_large_batch(machine):
-    large, run_large = train(machine, steps=2, batch_size=4)
-    small, run_small = train(machine, steps=2, batch_size=1, accumulate=4)
+    large, run_large = train(machine, steps=2, batch_size=4, learning_rate=1e-4)
+    small, run_small = train(machine, steps=2, batch_size=1, accumulate=4, learning_rate=1e-4)
     assert run_small.losses == pytest.approx(run_large.losses, abs=1e-4)
     for one, other in zip(small.model.parameters(), large.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, atol=2e-4, rtol=0)
+        torch.testing.assert_close(one, other, atol=5e-5, rtol=0)
 
 
 def test_a_run_reports_what_it_did(machine):
