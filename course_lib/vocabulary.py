@@ -9,7 +9,8 @@ model reads the new piece as a blur of the old ones.
 import copy
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,12 +83,14 @@ def add_pieces(base: "Loaded", pieces: Sequence[str]) -> None:
                 weight[row] = weight[ids].mean(0)
 
 
-def freeze_all_but_new_rows(model: "PreTrainedModel", first: int) -> None:
-    """Train the rows from `first` on of the embeddings, and of the output head if it has its own; nothing else.
+@contextmanager
+def only_new_rows(model: "PreTrainedModel", first: int) -> Iterator[None]:
+    """In the block only the rows from `first` on of the embeddings train, and of the output head if it has its own.
 
     The matrix as a whole requires a gradient; a hook sets that of the old rows to zero, and without weight decay AdamW leaves a
-    weight alone whose gradient has always been zero.
+    weight alone whose gradient has always been zero. After the block all weights train that did before.
     """
+    before = {weight: weight.requires_grad for weight in model.parameters()}
     model.requires_grad_(False)
 
     def keep_new(gradient: Tensor) -> Tensor:
@@ -95,9 +98,17 @@ def freeze_all_but_new_rows(model: "PreTrainedModel", first: int) -> None:
         kept[:first] = 0
         return kept
 
-    for weight in _token_matrices(model):
+    matrices = _token_matrices(model)
+    for weight in matrices:
         weight.requires_grad_(True)
-        weight.register_hook(keep_new)
+    hooks = [weight.register_hook(keep_new) for weight in matrices]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for weight, trains in before.items():
+            weight.requires_grad_(trains)
 
 
 def _token_matrices(model: "PreTrainedModel") -> list[Tensor]:

@@ -144,6 +144,13 @@ WRONG = {
             return {word: count / counts.total() for word, count in counts.items()} or {word: 1 / len(words) for word in words}""",
     },
     "E1.2": {
+        "the first match each time": """
+            place = count = 0
+            for word in first:
+                if word in second[place:]:
+                    place = second.index(word, place) + 1
+                    count += 1
+            return 2 * count / max(1, len(first) + len(second))""",
         "ignore the order": """
             common = sum((Counter(first) & Counter(second)).values())
             return 2 * common / max(1, len(first) + len(second))""",
@@ -239,6 +246,7 @@ WRONG = {
             return rows, mask""",
     },
     "E1.6": {
+        "a row for every length": "return [[length] for length in sorted(lengths, reverse=True)]",
         "you take the lengths as they come": """
             rows = []
             for length in lengths:
@@ -300,6 +308,21 @@ WRONG = {
             return rows""",
     },
     "E1.7": {
+        "you shift twice": """
+            targets = labels[:, 2:]
+            trained = targets != -100
+            return -logits[:, :-2].log_softmax(-1)[trained].gather(1, targets[trained].unsqueeze(1)).mean()""",
+        "counted as token 0": """
+            targets = labels[:, 1:].clamp(min=0)
+            return -logits[:, :-1].log_softmax(-1).gather(2, targets.unsqueeze(2)).mean()""",
+        "before the shift": """
+            targets = labels[:, 1:]
+            trained = labels[:, :-1] != -100
+            return -logits[:, :-1].log_softmax(-1)[trained].gather(1, targets[trained].clamp(min=0).unsqueeze(1)).mean()""",
+        "the wrong dimension: over": """
+            targets = labels[:, 1:]
+            trained = targets != -100
+            return -logits[:, :-1].log_softmax(1)[trained].gather(1, targets[trained].unsqueeze(1)).mean()""",
         "position t with token t": "return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())",
         "shift goes the wrong way": """
             return torch.nn.functional.cross_entropy(logits[:, 1:].flatten(0, 1), labels[:, :-1].flatten())""",

@@ -1,9 +1,9 @@
 """Tests of course_lib.runtime."""
 
 import random
-import time
 import subprocess
 import sys
+import time
 
 import pytest
 import torch

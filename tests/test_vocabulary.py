@@ -77,27 +77,32 @@ def test_a_head_of_its_own_gets_its_own_means_and_spare_rows_are_used_first(tiny
     vocabulary.add_pieces(base, PIECES)
     assert model.get_input_embeddings().weight.shape == model.get_output_embeddings().weight.shape == (1539, 16)
     torch.testing.assert_close(model.get_output_embeddings().weight[1538], heads[ids].mean(0))
-    vocabulary.freeze_all_but_new_rows(model, first=1536)
-    assert [name for name, weight in model.named_parameters() if weight.requires_grad] == [
-        "model.embed_tokens.weight",
-        "lm_head.weight",
-    ]
+    model.model.norm.weight.requires_grad_(False)
+    before = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    with vocabulary.only_new_rows(model, first=1536):
+        inside = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert inside == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert [name for name, weight in model.named_parameters() if weight.requires_grad] == before
 
 
 def test_training_moves_the_new_rows_and_nothing_else(tiny, machine):
     first = len(tiny.tokenizer)
     vocabulary.add_pieces(tiny, PIECES)
     before = {name: weight.clone() for name, weight in tiny.model.named_parameters()}
-    vocabulary.freeze_all_but_new_rows(tiny.model, first)
     ids = encode_text("我们喜欢茶馆我们喜欢", tiny.tokenizer)
     settings = {"steps": 4, "batch_size": 2, "learning_rate": 1e-2, "progress": False}
-    training.finetune(tiny, [Example(ids, ids)] * 2, machine, **settings)
+    with vocabulary.only_new_rows(tiny.model, first):
+        training.finetune(tiny, [Example(ids, ids)] * 2, machine, **settings)
     for name, weight in tiny.model.named_parameters():
         if name == "model.embed_tokens.weight":
             assert torch.equal(weight[:first], before[name][:first])
             assert (weight[first:] != before[name][first:]).any(1).all()
         else:
             assert torch.equal(weight, before[name]), name
+    training.finetune(tiny, [Example(ids, ids)] * 2, machine, **settings)
+    assert not torch.equal(tiny.model.model.embed_tokens.weight[:first], before["model.embed_tokens.weight"][:first]), (
+        "no hook stays"
+    )
 
 
 def test_a_piece_that_is_one_token_already_is_refused(tiny):

@@ -88,6 +88,16 @@ def common_subsequence(first: list[str], second: list[str]) -> int:
     return row[-1]
 
 
+def greedy_matches(first: list[str], second: list[str]) -> int:
+    """Words of `first` found in `second` from left to right, each at the first place that is left."""
+    place = count = 0
+    for word in first:
+        if word in second[place:]:
+            place = second.index(word, place) + 1
+            count += 1
+    return count
+
+
 def common_substring(first: list[str], second: list[str]) -> int:
     """Length of the longest run of words without gaps that stands in both."""
     runs = (len(first[i:j]) for i in range(len(first)) for j in range(i + 1, len(first) + 1) if _contains(second, first[i:j]))
@@ -123,8 +133,13 @@ def rouge_l_symptom(found: float, expected: float, first: list[str], second: lis
         return "you divide by the words of the first list only: this is a precision, expected F1 of both"
     if close(found, length / len(second)):
         return "you divide by the words of the second list only: this is a recall, expected F1 of both"
-    if close(found, 2 * common_substring(first, second) / total):
-        return f"you allow no gaps: the longest run has {common_substring(first, second)} words, the longest subsequence {length}"
+    run, greedy = common_substring(first, second), greedy_matches(first, second)
+    if run == greedy < length and close(found, 2 * run / total):
+        return f"you allow no gaps, or you take the first match each time: {run} words, the longest subsequence has {length}"
+    if close(found, 2 * run / total):
+        return f"you allow no gaps: the longest run has {run} words, the longest subsequence {length}"
+    if close(found, 2 * greedy / total):
+        return f"you take the first match each time, {greedy} words; a later one can leave room for more, {length}: fill a table"
     bag = sum((Counter(first) & Counter(second)).values())
     if close(found, 2 * bag / total):
         return f"you ignore the order of the words: {bag} are common, but only {length} in the same order"
@@ -314,6 +329,8 @@ def pack_symptom(found: list, expected: list, lengths: list[int], capacity: int)
         return f"a row holds {fullest} tokens, more than the capacity of {capacity}"
     if [] in found:
         return "you return an empty row"
+    if len(found) == len(lengths) > len(expected):
+        return "you open a row for every length: look for room in the open rows first"
     if found == _first_fit(lengths, capacity):
         return "you take the lengths as they come: sort them, longest first" + _fill(found, expected, capacity)
     if found == _first_fit(sorted(lengths), capacity):
@@ -363,6 +380,10 @@ def response_loss_cases(rng: random.Random) -> Iterator[tuple]:
     yield batch(2, 5, 500.0)  # e^500 overflows in float32
 
 
+def _cross_entropy(logits: Tensor, labels: Tensor) -> float:
+    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED).item()
+
+
 def response_loss_symptom(found: float, expected: float, logits: Tensor, labels: Tensor) -> str | None:
     if not math.isfinite(found):
         return f"your loss is {found}: e^x overflows for large logits, and log 0 is infinite: use log_softmax"
@@ -390,9 +411,17 @@ def response_loss_symptom(found: float, expected: float, logits: Tensor, labels:
         return "your loss is a mean of probabilities: take -log of each first"
     if close(found, (-logits[:, :-1].gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)[trained]).mean().item()):
         return "your loss is a mean of logits: turn them into log-probabilities with log_softmax first"
+    if labels.shape[1] > 2 and close(found, _cross_entropy(logits[:, :-2], labels[:, 2:])):
+        return "you shift twice: position t predicts token t + 1, not t + 2"
+    if close(found, _cross_entropy(logits[:, :-1], targets.clamp(min=0))):
+        return f"the labels that are {IGNORED} are counted as token 0: leave them out of the mean"
+    late = labels[:, :-1] != IGNORED
+    if close(found, -before.gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)[late].mean().item()):
+        return "your mask comes from the labels before the shift: take it from labels[:, 1:]"
+    sliced = -logits[:, :-1].log_softmax(1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)[trained].mean().item()
     across = -logits.log_softmax(1)[:, :-1].gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)[trained].mean().item()
     flat = -logits.log_softmax(0)[:, :-1].gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)[trained].mean().item()
-    if close(found, across) or close(found, flat):
+    if close(found, across) or close(found, sliced) or close(found, flat):
         return "your softmax runs over the wrong dimension: over the vocabulary, the last one"
     return f"your loss is {found:.4f}, expected {expected:.4f}: are exactly the labels that are not {IGNORED} counted?"
 
