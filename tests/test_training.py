@@ -91,11 +91,14 @@ def test_a_batch_overfits_and_is_reproduced(machine, tiny):
 
 
 def test_accumulation_takes_the_same_step_as_a_large_batch(machine):
-    large, run_large = train(machine, steps=2, batch_size=4, learning_rate=1e-4)
-    small, run_small = train(machine, steps=2, batch_size=1, accumulate=4, learning_rate=1e-4)
+    """Compared as whole updates: where a gradient is almost zero, Adam turns its rounding into a step."""
+    large, run_large = train(machine, steps=2, batch_size=4)
+    small, run_small = train(machine, steps=2, batch_size=1, accumulate=4)
     assert run_small.losses == pytest.approx(run_large.losses, abs=1e-4)
-    for one, other in zip(small.model.parameters(), large.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, atol=5e-5, rtol=0)
+    before, one, other = (
+        torch.cat([weight.detach().flatten() for weight in base.model.parameters()]) for base in (fresh_tiny(), large, small)
+    )
+    assert (one - other).norm() < 1e-3 * (one - before).norm()
 
 
 def test_a_run_reports_what_it_did(machine):
