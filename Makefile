@@ -9,7 +9,7 @@ MARP := node_modules/.bin/marp --no-stdin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test day lab notebooks figures slides test-slides chrome lint stamp clean
+.PHONY: help setup run test faults doctor audit day lab notebooks figures slides test-slides chrome lint stamp clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,17 @@ test: setup  ## unit tests, docstring examples, and nbval over all notebooks
 	@echo "== notebooks: every cell executed with the network blocked, exact outputs compared (minutes)"
 	@PYTHONPATH=tests/offline $(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg \
 		--nbval-cell-timeout 300 --durations=10 -v notebooks
+
+faults: setup  ## make every fault of docs/faults.md happen, print the table of what was said and lost (minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider --faults-table docs/faults.md tests/faults
+
+doctor: $(READY)  ## packages, device, memory, disk, base model, Hub: a line each, with the next step
+	@$(BIN)/python -m course_lib doctor
+
+audit:  ## ask PyPI's advisories about the versions in constraints.txt (needs the network)
+	@$(PYTHON) -m venv build/audit
+	@build/audit/bin/python -m pip --disable-pip-version-check install --quiet 'pip-audit>=2.10,<3'
+	@build/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt
 
 day: setup  ## execute one day: make day DAY=1
 	@$(BIN)/python -m course_lib run --day $(DAY)

@@ -19,6 +19,7 @@ Arrows point one way, from top to leaf. Importing `course_lib` imports nothing h
 | upper  | `evaluation` | `evaluate()`: valid JSON, right topic, exact match, retention               |
 | upper  | `experiments`| methods over seeds in one table: a day's sweeps, the table of the week      |
 | top    | `checks`     | `check("E1.1", my_function)`: what an exercise compares, diagnosis by symptom |
+| top    | `preflight`  | what would stop the course on this machine, a line each, with the next step |
 | top    | `notebooks`  | execute notebooks, tidy their outputs, write the course page                |
 | top    | `__main__`   | the command line                                                            |
 """

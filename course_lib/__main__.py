@@ -4,9 +4,14 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from course_lib.runtime import CourseError
+
+try:
+    import typer
+
+    from course_lib import preflight
+except ImportError as missing:  # typer or packaging: the commands that would say so cannot be built
+    sys.exit(f"CourseError: {missing.name} is missing: run `make setup` and use .venv, or pip install -e '.[course]'")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Seven Days of LLM Fine-Tuning.", pretty_exceptions_enable=False)
 
@@ -21,6 +26,17 @@ def fetch() -> None:
         print(f"base model: smollm2-135m in {folder}")
     except CourseError as error:
         print(f"base model: tiny, since {error}")
+
+
+@app.command()
+def doctor() -> None:
+    """Look at packages, device, memory, disk, base model and Hub: a line each, with the next step where one is needed."""
+    problems = 0
+    for finding in preflight.findings():
+        print(finding, flush=True)
+        problems += finding.state == "problem"
+    if problems:
+        raise typer.Exit(1)
 
 
 @app.command()

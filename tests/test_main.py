@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from course_lib import __main__
+from course_lib import __main__, preflight
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,6 +84,14 @@ def test_an_output_folder_that_cannot_be_made_is_said_before_anything_runs(check
     assert code == 1
     assert said.startswith("CourseError: build/course cannot be written")
     assert not any("day1" in line for line in lines)
+
+
+@pytest.mark.parametrize(("states", "expected"), [(["ok", "note"], 0), (["ok", "problem", "note"], 1)])
+def test_the_doctor_prints_each_finding_and_its_exit_code_tells_of_problems(checkout, course, monkeypatch, states, expected):
+    monkeypatch.setattr(preflight, "findings", lambda: [preflight.Finding(state, "a line") for state in states])
+    code, lines, _ = course("doctor", folder=checkout)
+    assert code == expected
+    assert lines == [f"{state:<8} a line" for state in states]
 
 
 def test_fetching_without_network_names_the_fallback(tmp_path, course, monkeypatch):
