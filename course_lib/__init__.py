@@ -15,7 +15,11 @@ Arrows point one way, from top to leaf. Importing `course_lib` imports nothing h
 | middle | `batching`   | tokenize, mask the prompt, pad, pack; `show_mask`                           |
 | middle | `vocabulary` | new pieces for a tokenizer, new rows for the embeddings                      |
 | middle | `memory`     | bytes of weights, gradients and optimizer states                            |
+| middle | `surgery`    | find and replace linear layers by name, default targets, count weights      |
+| middle | `lora`       | LoRA: add, switch, blend, merge; several adapters in one batch              |
+| middle | `peft_format` | adapters as files that peft reads, and the reverse                          |
 | upper  | `training`   | `finetune()` over transformers' Trainer                                     |
+| upper  | `fusion`     | several LoRA jobs trained in one batch                                      |
 | upper  | `evaluation` | `evaluate()`: valid JSON, right topic, exact match, retention               |
 | upper  | `experiments`| methods over seeds in one table: a day's sweeps, the table of the week      |
 | top    | `checks`     | `check("E1.1", my_function)`: what an exercise compares, diagnosis by symptom |

@@ -14,6 +14,7 @@ reply with a reference, ROUGE-L (Lin 2004, ACL W04-1013) and BLEU (Papineni et a
 
 import json
 import math
+import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,6 +125,15 @@ def read_task(split: str) -> list[Record]:
     if not chosen:
         raise CourseError(f"split {split!r} is not known, expected train, validation or test")
     return chosen
+
+
+def draw_questions(count: int) -> list[Record]:
+    """`count` test questions of the task of the week, evenly over its ten topics; the same ones at every call."""
+    by_topic: dict[str, list[Record]] = {}
+    for record in read_task("test"):
+        by_topic.setdefault(record.extra["topic"], []).append(record)
+    draw = random.Random(0)
+    return [record for topic in sorted(by_topic) for record in draw.sample(by_topic[topic], count // len(by_topic))]
 
 
 def read_retention(path: Path | None = None) -> list[Question]:

@@ -1,6 +1,6 @@
 """Methods compared over seeds on one task: the table of the week, and the sweeps of a day.
 
-    methods = [Method(f"LoRA r={r}", 1e-2, lora(rank=r)) for r in (1, 4, 16)]
+    methods = [Method(f"LoRA r={r}", 5e-3, adapted(rank=r)) for r in (1, 4, 16)]
     outcomes = compare(methods, world_experiment(), machine)
     plots.table(summary(outcomes))
 
@@ -17,12 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm import tqdm
 
 from course_lib import evaluation, models, training, world
 from course_lib.alpaca import DataError, Record
 from course_lib.batching import encode_records
+from course_lib.lora import add_lora
 from course_lib.runtime import CourseError, Machine, data_folder, seed_everything
+from course_lib.surgery import ALL_LINEAR, Targets
 
 if TYPE_CHECKING:
     from course_lib.models import Loaded
@@ -31,6 +34,7 @@ SEEDS = (0, 1, 2)
 WEEK_FILE = "table_of_the_week.json"
 QUALITY_FILE = "data_quality.json"
 EFFECTS_FILE = "tiny_llama/effects.json"
+LORA_FILE = "lora_effects.json"
 MAX_TOKENS = 256  # above every record of both experiments; a longer one stops the comparison
 Prepare = Callable[["Loaded"], None]
 
@@ -118,16 +122,12 @@ def week_experiment() -> Experiment:
     return Experiment("smollm2-135m", evaluation.read_task("train"), score, steps=32, batch_size=4, warmup_steps=3)
 
 
-def lora(rank: int, alpha: float | None = None, targets: str | list[str] = "all-linear") -> Prepare:
-    """peft's LoRA on the linear layers called `targets`; alpha is twice the rank if it is not given."""
+def adapted(rank: int, alpha: float | None = None, targets: Targets = ALL_LINEAR, rank_stabilized: bool = False) -> Prepare:
+    """LoRA on the linear layers that `targets` means; alpha is twice the rank if not given. A run's seed draws the A's."""
 
     def prepare(base: "Loaded") -> None:
-        from peft import LoraConfig, get_peft_model
-
-        settings = LoraConfig(
-            task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=targets
-        )
-        base.model = get_peft_model(base.model, settings)
+        scale = 2 * rank if alpha is None else alpha
+        add_lora(base.model, rank, scale, targets, rank_stabilized=rank_stabilized, seed=torch.initial_seed())
 
     return prepare
 
@@ -244,9 +244,9 @@ def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     return rows
 
 
-def read_effect(name: str) -> list[Outcome]:
-    """One of the effects that data/recipes/measure_effects.py measured on `tiny`, such as "prompt_masking"."""
-    path = data_folder() / EFFECTS_FILE
+def read_effect(name: str, file: str = EFFECTS_FILE) -> list[Outcome]:
+    """A measured effect by its name, such as "prompt_masking". file: in data/, EFFECTS_FILE (all on `tiny`) or LORA_FILE."""
+    path = data_folder() / file
     try:
         effects = json.loads(path.read_text(encoding="utf-8"))
         outcomes = {effect: [Outcome(**row) for row in rows] for effect, rows in effects.items()}

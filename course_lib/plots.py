@@ -76,6 +76,30 @@ def plot_bills(bills: Mapping[str, Mapping[str, float]], title: str) -> "Axes":
     return axes
 
 
+def plot_lines(lines: Mapping[str, Mapping[float, float]], title: str, xlabel: str, ylabel: str, log_x: bool = False) -> "Axes":
+    """A line a name. lines: name -> x -> y. log_x: powers of two on the x axis, each with its number."""
+    axes = _axes(title)
+    for (name, points), color in zip(lines.items(), (ACCENT, GOOD, INK, PALE), strict=False):
+        axes.plot(list(points), list(points.values()), color=color, marker="o", markersize=5, linewidth=2, label=name)
+    if log_x:
+        ticks = sorted({x for points in lines.values() for x in points})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+    axes.legend(frameon=False)
+    return axes
+
+
+def plot_points(points: Mapping[str, Sequence[tuple[float, float]]], title: str, xlabel: str, ylabel: str) -> "Axes":
+    """A dot a run, a color and a marker a group. points: group -> (x, y) pairs."""
+    axes = _axes(title)
+    for (group, pairs), color, marker in zip(points.items(), (ACCENT, GOOD, INK, PALE), "os^D", strict=False):
+        axes.scatter(*zip(*pairs, strict=True), color=color, marker=marker, s=55, label=group)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(frameon=False)
+    return axes
+
+
 def table(rows: Sequence[Mapping[str, object]]) -> "HTML":
     """Rows with the same keys as a table for reading: text to the left, numbers to the right."""
     from IPython.display import HTML

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -237,3 +238,11 @@ def test_a_damaged_retention_file_is_named(tmp_path, content):
     path.write_text(content)
     with pytest.raises(DataError, match=r"retention\.json is not a list of"):
         evaluation.read_retention(path)
+
+
+def test_drawn_questions_are_spread_evenly_and_the_same_every_time():
+    drawn = evaluation.draw_questions(100)
+    assert drawn == evaluation.draw_questions(100)
+    assert Counter(record.extra["topic"] for record in drawn) == dict.fromkeys({r.extra["topic"] for r in drawn}, 10)
+    assert len({record.extra["topic"] for record in drawn}) == 10
+    assert {record.extra["split"] for record in drawn} == {"test"}

@@ -6,7 +6,7 @@ import pytest
 
 from course_lib import evaluation, experiments, models, world
 from course_lib.alpaca import DataError, Record
-from course_lib.experiments import Method, Outcome, compare, lora, summary, world_experiment
+from course_lib.experiments import Method, Outcome, adapted, compare, summary, world_experiment
 from course_lib.runtime import CourseError
 
 UNTOUCHED, FULL = Method("untouched", None), Method("full fine-tuning", 1e-3)
@@ -21,7 +21,7 @@ def plurals():
 
 @pytest.fixture(scope="module")
 def outcomes(plurals, machine):
-    return compare([UNTOUCHED, FULL, Method("LoRA r=2", 1e-2, lora(rank=2))], plurals, machine, seeds=(0, 1), progress=False)
+    return compare([UNTOUCHED, FULL, Method("LoRA r=2", 1e-2, adapted(rank=2))], plurals, machine, seeds=(0, 1), progress=False)
 
 
 def test_every_method_runs_with_every_seed_and_the_untouched_base_once(outcomes):

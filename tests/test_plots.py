@@ -49,3 +49,12 @@ def test_a_table_shows_text_as_it_is():
     assert '<td style="text-align:right;vertical-align:top">0.5</td>' in shown.data
     assert shown.data.count("<tr>") == 3
     assert plots.table([]).data.count("<tr>") == 1
+
+
+def test_lines_and_points_hold_what_was_given_with_a_color_for_each_name():
+    axes = plots.plot_lines({"a": {1: 5.0, 4: 7.0}, "b": {1: 2.0}}, "It rises", "rank", "%", log_x=True)
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 5], [4, 7]], [[1, 2]]]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "4"]
+    dots = plots.plot_points({"a": [(1, 5), (2, 6)], "b": [(3, 4)]}, "They differ", "loss", "%")
+    assert [group.get_offsets().tolist() for group in dots.collections] == [[[1, 5], [2, 6]], [[3, 4]]]
+    assert [text.get_text() for text in dots.get_legend().get_texts()] == ["a", "b"]

@@ -19,7 +19,7 @@ import torch
 
 from course_lib import corpus, evaluation, experiments, models, runtime, training, world
 from course_lib.batching import encode_records
-from course_lib.experiments import SEEDS, Method, Outcome, compare, lora, world_experiment
+from course_lib.experiments import SEEDS, Method, Outcome, Prepare, compare, world_experiment
 from course_lib.models import Loaded
 from course_lib.runtime import Machine
 
@@ -32,6 +32,18 @@ FORMATS = {
     "NF4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
     "FP4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": torch.float32},
 }
+
+
+def lora(rank: int) -> Prepare:
+    """peft's LoRA on all linear layers, alpha twice the rank."""
+
+    def prepare(base: Loaded) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        settings = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        base.model = get_peft_model(base.model, settings)
+
+    return prepare
 
 
 def formats(machine: Machine) -> list[Outcome]:

@@ -1,0 +1,261 @@
+"""LoRA: a frozen linear layer plus a trainable low-rank update.
+
+Paper: LoRA, Hu et al. 2021, arXiv 2106.09685, section 4.1, equation (3)
+
+    h = W0 x + (alpha / r) B A x,      A: (r, d_in),  B: (d_out, r)
+
+`A` starts random and `B` starts at zero, so a fresh adapter changes nothing. With `rank_stabilized` the factor is alpha / sqrt(r)
+(Kalajdzievski 2023, arXiv 2312.03732). There is no dropout; peft's default is 0, too.
+
+A layer holds any number of updates, each under a name, and one forward serves all their uses: one of them, none (the base model),
+a blend, or in one batch each on the rows of its own job (`fused_rows`). The updates of one name in all layers are an adapter.
+Training several at once is in `fusion`, adapters as files in `peft_format`.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import linear
+
+from course_lib import surgery
+from course_lib.runtime import CourseError
+from course_lib.surgery import LinearWrapper, Targets, layer_shape, weight_matrix
+
+
+class LowRank(nn.Module):
+    """The update (alpha / r) B A of one layer. A is uniform within 1 / sqrt(d_in), B is zero; both are float32 and train."""
+
+    def __init__(
+        self, d_in: int, d_out: int, rank: int, alpha: float, rank_stabilized: bool = False, generator: Generator | None = None
+    ):
+        super().__init__()
+        self.rank, self.alpha, self.rank_stabilized = rank, alpha, rank_stabilized
+        self.scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
+        self.A = nn.Parameter(torch.empty(rank, d_in, dtype=torch.float32))
+        self.B = nn.Parameter(torch.zeros(d_out, rank, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
+
+    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
+        """(..., d_in) -> (..., d_out). Never forms the d_out x d_in product, and scales where a position has only r numbers."""
+        return linear(linear(x.to(self.A.dtype), self.A) * (weight * self.scale), self.B)
+
+
+class LoRALinear(LinearWrapper):
+    """The linear layer `base`, frozen, plus updates.
+
+    adapters: the updates by name, at first the one that the layer is made with
+    in_use: name -> weight of the updates that are added, at first the same one
+    rows: None; or, for a fused batch, name -> how many rows are its own, in the order of the batch
+
+    >>> layer = LoRALinear(nn.Linear(8, 4), rank=2, alpha=4)
+    >>> x = torch.ones(3, 8)
+    >>> torch.equal(layer(x), layer.base(x))  # B is zero at the start
+    True
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        alpha: float,
+        *,
+        name: str = "default",
+        rank_stabilized: bool = False,
+        generator: Generator | None = None,
+    ):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.adapters = nn.ModuleDict()
+        self.rows: dict[str, int] | None = None
+        self.add(rank, alpha, name=name, rank_stabilized=rank_stabilized, generator=generator)
+
+    def add(self, rank: int, alpha: float, *, name: str, rank_stabilized: bool = False, generator: Generator | None = None) -> None:
+        """Another update, which is then the one in use. generator: for A, on the CPU; torch's global one if None."""
+        check_size(rank, alpha, self.base)
+        d_out, d_in = layer_shape(self.base)
+        self.adapters[name] = LowRank(d_in, d_out, rank, alpha, rank_stabilized, generator).to(self.base.weight.device)
+        self.in_use = {name: 1.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out). Of a fused batch, (N, T, d_in), the base takes all rows at once, each update its own."""
+        h = self.base(x)
+        if self.rows is not None:
+            return self._fused(x, h)
+        for name, weight in self.in_use.items():
+            h = (h + self.adapters[name](x, weight)).to(h.dtype)
+        return h
+
+    def _fused(self, x: Tensor, h: Tensor) -> Tensor:
+        sizes = list(self.rows.values())
+        if x.dim() < 3 or len(x) != sum(sizes):
+            raise CourseError(f"a layer got {len(x)} rows of a batch of {sum(sizes)}: this model mixes rows, train its jobs apart")
+        parts = zip(self.rows, x.split(sizes), h.split(sizes), strict=True)
+        return torch.cat([(h + self.adapters[name](x)).to(h.dtype) if name in self.adapters else h for name, x, h in parts])
+
+    def delta(self) -> Tensor:
+        """What the updates in use add to the weight, (d_out, d_in): the sum of weight (alpha / r) B A."""
+        total = torch.zeros(layer_shape(self.base), device=self.base.weight.device)
+        for name, weight in self.in_use.items():
+            update = self.adapters[name]
+            total = total + weight * update.scale * update.B @ update.A
+        return total
+
+
+def check_size(rank: int, alpha: float, layer: nn.Module, name: str = "") -> None:
+    """Raise CourseError if `layer`, called `name`, can have no update of this rank and alpha."""
+    d_out, d_in = layer_shape(layer)
+    most = min(d_out, d_in)
+    if type(rank) is not int or not 1 <= rank <= most:
+        where = f"{name}, a {d_out} x {d_in} weight" if name else f"a {d_out} x {d_in} weight"
+        raise CourseError(f"rank={rank!r} must be a whole number in 1..{most} for {where}: choose one, or leave the layer out")
+    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise CourseError(f"alpha={alpha!r} must be a number above 0: try twice the rank")
+
+
+def add_lora(
+    model: nn.Module,
+    rank: int,
+    alpha: float,
+    targets: Targets | None = None,
+    *,
+    name: str = "default",
+    rank_stabilized: bool = False,
+    seed: int = 0,
+) -> None:
+    """Give `model` an adapter, which is then the one in use. With the first one, all other weights freeze.
+
+    targets: as in `surgery.find_layers`; None takes the `surgery.default_targets` of the model's family
+    seed: of the matrices A
+    Raises CourseError before anything is changed.
+    """
+    if hasattr(model, "peft_config"):
+        raise CourseError("the model has an adapter of peft: load the base again, then add_lora, or load_adapter for a saved one")
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise CourseError(f"an adapter cannot be called {name!r}: choose another word, without dots")
+    if name in adapter_names(model):
+        raise CourseError(f"the model has an adapter {name!r} already: choose another name, or load the base again")
+    layers = surgery.find_layers(model, surgery.default_targets(model) if targets is None else targets)
+    for path, layer in layers.items():
+        if isinstance(layer, LinearWrapper) and not isinstance(layer, LoRALinear):
+            raise CourseError(f"{path} is a {type(layer).__name__} already: load the base again, or take it out of targets")
+        if _is_tied(layer, model):
+            raise CourseError(f"{path} shares its weight with the embeddings, which a merge would change: take it out of targets")
+        check_size(rank, alpha, layer, path)
+    if not lora_layers(model):
+        model.requires_grad_(False)
+    generator = Generator().manual_seed(seed)
+    for path, layer in layers.items():
+        if isinstance(layer, LoRALinear):
+            layer.add(rank, alpha, name=name, rank_stabilized=rank_stabilized, generator=generator)
+        else:
+            wrapper = LoRALinear(layer, rank, alpha, name=name, rank_stabilized=rank_stabilized, generator=generator)
+            surgery.replace_layer(model, path, wrapper)
+    use_adapters(model, name)
+
+
+def _is_tied(layer: nn.Module, model: nn.Module) -> bool:
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return embeddings is not None and getattr(layer, "weight", None) is embeddings.weight
+
+
+def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
+    """The layers with updates, by their names in the model; only those of the adapter `name`, if it is given.
+
+    Raises CourseError for a name that no adapter has, and lists those there are.
+    """
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if name is None:
+        return layers
+    found = {path: layer for path, layer in layers.items() if name in layer.adapters}
+    if not found:
+        known = ", ".join(adapter_names(model)) or "none: add_lora adds one"
+        raise CourseError(f"adapter {name!r} is not known, the model has {known}")
+    return found
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the adapters."""
+    return list(dict.fromkeys(name for layer in lora_layers(model).values() for name in layer.adapters))
+
+
+def use_adapters(model: nn.Module, choice: str | Mapping[str, float]) -> None:
+    """Choose what is added to the base: one adapter by name, several with weights {"a": 0.3, "b": 0.7}, or {}, nothing.
+
+    A blend is exact: the weighted sum of the updates. Raises CourseError for an unknown name, a weight that is not finite, or a
+    blend of adapters of different layers, where some layers would get a part of it only.
+    """
+    weights = {choice: 1.0} if isinstance(choice, str) else dict(choice)
+    paths = {name: lora_layers(model, name).keys() for name in weights}
+    for name, weight in weights.items():
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise CourseError(f"the weight of adapter {name!r} is {weight!r}, expected a finite number such as 0.5")
+        first = next(iter(weights))
+        if paths[name] != paths[first]:
+            raise CourseError(f"adapters {first!r} and {name!r} change different layers: blend adapters made with the same targets")
+    for layer in lora_layers(model).values():
+        layer.in_use = {name: weight for name, weight in weights.items() if name in layer.adapters}
+
+
+@contextmanager
+def fused_rows(model: nn.Module, rows: Mapping[str, int]) -> Iterator[None]:
+    """In the block, each batch holds the rows of several adapters, one after the other; rows: name -> how many are its own.
+
+    Raises CourseError for an unknown name, and for a model that trains with checkpointed activations: they would be computed again
+    after the block, with the adapter that is in use then.
+    """
+    for name in rows:
+        lora_layers(model, name)
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise CourseError("fused batches need activations that are not checkpointed: call model.gradient_checkpointing_disable()")
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.rows = dict(rows)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.rows = None
+
+
+def merged_copy(model: nn.Module) -> nn.Module:
+    """A copy without LoRA layers that computes the same: the updates in use are in its weights. All of these can train.
+
+    Raises CourseError for a model without LoRA layers, and for quantised ones.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise CourseError("the model has no LoRA layers, so there is nothing to merge: add_lora adds them")
+    for layer in layers.values():
+        weight_matrix(layer.base)  # refuses quantised layers before the copy takes its memory
+    merged = copy.deepcopy(model)
+    with torch.no_grad():
+        for path, layer in lora_layers(merged).items():
+            weight_matrix(layer.base).add_(layer.delta())
+            surgery.replace_layer(merged, path, layer.base)
+    return merged.requires_grad_(True)
+
+
+class DoRALinear(LinearWrapper):
+    """DoRA: low rank turns the rows of the weight, and a number each sets their lengths. Put in place by `surgery.replace_layer`.
+
+    Paper: Liu et al. 2024, arXiv 2402.09353, equation (5), with |V| the lengths of the rows, held constant in the gradient
+
+        h = (m / |V|) V x,      V = W0 + (alpha / r) B A,      m: (d_out,), |W0| at the start
+    """
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, *, generator: Generator | None = None):
+        super().__init__()
+        check_size(rank, alpha, base)
+        d_out, d_in = layer_shape(base)
+        self.base = base.requires_grad_(False)
+        self.update = LowRank(d_in, d_out, rank, alpha, generator=generator).to(base.weight.device)
+        self.m = nn.Parameter(weight_matrix(base).float().norm(dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out). Forms V, which costs time that LoRA saves."""
+        V = weight_matrix(self.base) + self.update.scale * self.update.B @ self.update.A
+        return linear(x, ((self.m / V.norm(dim=1).detach())[:, None] * V).to(x.dtype), self.base.bias)

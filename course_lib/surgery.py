@@ -1,0 +1,215 @@
+"""Surgery on models: find linear layers by name, put another module in their place, count weights.
+
+A linear layer is an nn.Linear (bitsandbytes' quantised ones are, too) or GPT-2's Conv1D, which computes the same with its weight
+stored transposed, (d_in, d_out). Which layers a method adapts by default depends on the model's family. A widely copied table and
+peft's own mapping say so; `target_table` puts them side by side. They disagree about Phi alone: the table names `Wqkv` of the first
+releases, the layers of today's implementation are called `q_proj`, `k_proj` and `v_proj`. Where peft knows a family, its names are
+used here; for the others, those of the table.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from course_lib import hub, models
+from course_lib.runtime import CourseError, first_line, quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+ALL_LINEAR = "all-linear"
+Targets = str | Sequence[str]
+
+COPIED_TARGETS = {  # model_type of config.json: names as a widely copied table gives them
+    "baichuan": ["W_pack"],  # Baichuan 1 and 2
+    "bloom": ["query_key_value"],  # BLOOM, BLOOMZ
+    "chatglm": ["query_key_value"],  # ChatGLM3
+    "falcon": ["query_key_value"],
+    "internlm": ["q_proj", "v_proj"],
+    "llama": ["q_proj", "v_proj"],  # LLaMA 1 and 2
+    "mistral": ["q_proj", "v_proj"],
+    "mixtral": ["q_proj", "v_proj"],
+    "phi": ["Wqkv"],  # Phi-1.5, Phi-2
+    "qwen": ["c_attn"],  # the first generation
+    "xverse": ["q_proj", "v_proj"],
+    "Yi": ["q_proj", "v_proj"],
+}
+
+
+class LinearWrapper(nn.Module):
+    """What stands in for the linear layer `base` and computes more than it; found under the name of that layer."""
+
+    base: nn.Module
+
+
+@dataclass(frozen=True)
+class Count:
+    """Numbers of weights. trained: those with a gradient."""
+
+    trained: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.trained:,} of {self.total:,} weights train ({self.trained / self.total:.4%})"
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer, or what wraps it, by its name."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | LinearWrapper)}
+    wrapped = {f"{name}.base" for name, module in found.items() if isinstance(module, LinearWrapper)}
+    return {name: module for name, module in found.items() if name not in wrapped}
+
+
+def find_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
+    """The linear layers that `targets` means, by name; the rules are peft's.
+
+    targets: a list of names, each the end of a layer's name ("q_proj") or the whole; or "all-linear", every one except the output
+        head; any other string is a regular expression for whole names
+    Raises CourseError if a target means no layer, and lists what there is.
+
+    >>> list(find_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), ["2"]))
+    ['2']
+    """
+    layers = linear_layers(model)
+    if targets == ALL_LINEAR:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        return {name: layer for name, layer in layers.items() if layer is not head}
+    if isinstance(targets, str):
+        found = {name for name in layers if re.fullmatch(targets, name)}
+        missing = [] if found else [targets]
+    else:
+        ends = {target: {name for name in layers if f".{name}".endswith(f".{target}")} for target in targets}
+        found = set().union(*ends.values())
+        missing = [target for target, names in ends.items() if not names]
+    if missing or not found:
+        hint = f"no linear layer is called {missing[0]!r}" if missing else "there are no targets"
+        raise CourseError(f'{hint}: give a list of some of {_names(model)}, or "{ALL_LINEAR}"')
+    return {name: layer for name, layer in layers.items() if name in found}
+
+
+def _names(model: nn.Module) -> str:
+    """The last parts of the names of the linear layers, each once."""
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(model))) or "no linear layer"
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in) of a linear layer, whichever way its weight lies, and quantised or not."""
+    if isinstance(layer, LinearWrapper):
+        return layer_shape(layer.base)
+    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+
+
+def weight_matrix(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer as (d_out, d_in), not a copy: of a Conv1D a transposed view.
+
+    Raises CourseError for a quantised layer, whose weight is codes: what is added to it would be lost when it is rounded again.
+    """
+    if type(layer).__module__.partition(".")[0] == "bitsandbytes":
+        raise CourseError(f"a {type(layer).__name__} is quantised, so its weight is no matrix: dequantise the base first (Day 4)")
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the module called `name` is.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    >>> replace_layer(model, "1", nn.Identity())
+    >>> model[1]
+    Identity()
+    """
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def default_targets(model: "nn.Module | str") -> Targets:
+    """The layers that LoRA adapts by default in a model, or in models of a `model_type`: peft's, or else the copied table's.
+
+    Raises CourseError for a family that neither knows, and lists the names to choose from.
+
+    >>> default_targets("llama"), default_targets("baichuan")
+    (['q_proj', 'v_proj'], ['W_pack'])
+    """
+    family = model if isinstance(model, str) else getattr(getattr(model, "config", None), "model_type", "")
+    known = COPIED_TARGETS | _peft_targets()
+    if family in known:
+        return known[family]
+    choice = f"one of {', '.join(known)}" if isinstance(model, str) else f"targets, a list of some of {_names(model)}"
+    raise CourseError(f"no default targets are known for models of type {family!r}: give {choice}")
+
+
+def target_table() -> list[dict[str, str]]:
+    """A row a family: what the copied table says, what peft says, and which of them `default_targets` uses."""
+    peft = _peft_targets()
+    rows = []
+    for family in COPIED_TARGETS | peft:
+        copied, mapped = COPIED_TARGETS.get(family), peft.get(family)
+        used = "peft" if mapped else "table"
+        if copied and mapped:
+            used = "both agree" if set(copied) == set(mapped) else "peft; they disagree"
+        rows.append({"model type": family, "copied table": _joined(copied), "peft": _joined(mapped), "used": used})
+    return rows
+
+
+def _joined(targets: Targets | None) -> str:
+    return targets if isinstance(targets, str) else ", ".join(targets or ())
+
+
+def _peft_targets() -> dict[str, Targets]:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+
+def count_parameters(model: nn.Module) -> Count:
+    """Weights that train, and all; a matrix used twice (tied embeddings) counts once.
+
+    >>> print(count_parameters(nn.Linear(9, 10).requires_grad_(False)))
+    0 of 100 weights train (0.0000%)
+    """
+    weights = list(model.parameters())
+    return Count(sum(weight.numel() for weight in weights if weight.requires_grad), sum(weight.numel() for weight in weights))
+
+
+def lora_parameters(shapes: Iterable[tuple[int, int]], rank: int) -> int:
+    """Weights that LoRA adds to layers of these shapes (d_out, d_in): r (d_in + d_out) each.
+
+    GPT-3 has 96 layers of width 12,288; with q and v adapted at rank 1, as in the paper's table 4:
+
+    >>> lora_parameters([(12_288, 12_288)] * 2 * 96, rank=1)
+    4718592
+    """
+    return sum(rank * (d_in + d_out) for d_out, d_in in shapes)
+
+
+def empty_model(source: "PreTrainedConfig | str") -> "PreTrainedModel":
+    """A causal language model with shapes but without weights (on the meta device): to count in, whatever its size.
+
+    source: a transformers config, or the name of a course model, a folder, or a Hub id, of which only config.json is read
+    Raises CourseError if that cannot be had.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _read_config(source) if isinstance(source, str) else source
+    with torch.device("meta"), quiet_transformers():
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _read_config(name: str) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    folders = {"tiny": models.tiny_folder, "smollm2-135m": lambda: models.unpacked_smollm2(verify=False)}
+    source = folders[name]() if name in folders else models.BASES[name].hub_id if name in models.BASES else name
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError):
+        pass  # not on this machine
+    hub.probe(source)
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CourseError(f"the config of {name} cannot be used ({first_line(error)}): give a transformers config") from None
