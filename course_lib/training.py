@@ -1,17 +1,21 @@
 """Fine-tuning over transformers' Trainer.
 
 What is added to the Trainer: the loss below, a loss curve returned as data, measured seconds, tokens and bytes, checkpoints that
-are whole or absent, and a stop with advice before a loss that is not finite can spoil the weights.
+are whole or absent, smaller micro-batches where memory does not suffice, and a stop with advice before a loss that is not finite
+can spoil the weights.
 
 The loss is the library's, the mean of -log p(answer token) over the supervised positions, but only these positions go through the
 output head. For SmolLM2 the head is 28.3M of 134.5M parameters and the prompt is three quarters of a row: docs/decisions.md has
 the gain.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import sys
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
@@ -36,6 +41,8 @@ if TYPE_CHECKING:
     from course_lib.models import Loaded
 
 CHECKPOINTS_KEPT = 2
+HALVINGS = 4  # of the micro-batch, when memory does not suffice
+SKIPS_IN_A_ROW = 3  # steps with fp16 gradients that overflow
 Say = Callable[[str], None]
 
 
@@ -127,9 +134,9 @@ def finetune(
     steps: optimizer steps, each on batch_size * accumulate examples
     folder, save_every: keep a checkpoint every `save_every` steps in `folder`; a run that finds one there goes on from it
     progress: show a bar with the loss
-    say: gets a line about a resumed run, a damaged checkpoint, or one that could not be written
-    Raises TrainingError before the first step for settings, weights or a folder that cannot work, and in mid-run for a loss or
-    gradient that is not finite.
+    say: gets a line about a resumed run, a damaged checkpoint or one that was not written, a smaller micro-batch, skipped steps
+    Raises TrainingError before the first step for settings, weights, a folder or a checkpoint that cannot work, and in mid-run for
+    a loss or gradient that is not finite, or when memory does not suffice even with smaller micro-batches.
     """
     counts = {"steps": steps, "batch_size": batch_size, "accumulate": accumulate}
     _check_settings(counts | ({"save_every": save_every} if save_every is not None else {}), learning_rate, warmup_steps, seed)
@@ -140,13 +147,15 @@ def finetune(
     if folder is not None:
         folder = Path(folder).expanduser()
         _check_writable(folder)
+        for left in folder.glob(f"{sealing.PARTIAL}checkpoint-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
     seed_everything(seed)
     examples_per_step = batch_size * accumulate * int(os.environ.get("WORLD_SIZE", "1"))  # processes under torchrun
     order = training_order([len(example) for example in examples], steps, examples_per_step, group_by_length, seed)
     settings = {
         "base": base.name,
-        "trained weights": sum(weight.numel() for weight in base.model.parameters() if weight.requires_grad),
-        "examples": _fingerprint([examples[index] for index in order]),
+        "trained weights": _trained_weights(base.model),
+        "examples": _fingerprint([(examples[index].input_ids, examples[index].labels) for index in order]),
         "steps": steps,
         "batch_size": batch_size,
         "accumulate": accumulate,
@@ -181,24 +190,41 @@ def finetune(
         arguments._n_gpu = min(
             arguments.n_gpu, 1
         )  # several GPUs want one process each; the Trainer would wrap them in DataParallel
+        guard = _GradientGuard()
         trainer = _Trainer(
             model=base.model,
             args=arguments,
             train_dataset=[examples[index] for index in order],
             data_collator=lambda batch: collate(batch, base.tokenizer.pad_token_id),
-            callbacks=[_GradientGuard(), *([_Progress()] if progress else [])],
+            callbacks=[guard, *([_Progress()] if progress else [])],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.settings, trainer.say = settings, say
         checkpoint = newest_checkpoint(folder, settings, trainer.note) if folder is not None else None
         if checkpoint is not None:
             trainer.note(f"going on from {checkpoint.name}")
+        failure = ""
         try:
             with measure(machine.device) as cost, quiet_transformers():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (pickle.UnpicklingError, SafetensorError):  # the seal is whole: sealed again by somebody
+            failure = f"{checkpoint} holds more than tensors and was not loaded: delete it, and the one before it is used"
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            failure = (
+                f"step {trainer.state.global_step + 1} ran out of memory with {trainer.rows} of {batch_size} examples at a time "
+                f"({first_line(error)}): lower batch_size, shorten the examples (max_tokens) or choose a smaller base"
+            )
         finally:  # accelerate wraps forward in autocast and leaves it there; the model shall compute as before
             vars(base.model).pop("forward", None)
             base.model.eval()
+            base.model.zero_grad()  # a step that was broken off leaves gradients
+        if failure:
+            raise TrainingError(failure)
+        if guard.skipped:
+            which = f"the first was step {guard.skipped[0]}, the last step {guard.skipped[-1]}"
+            trainer.note(f"{len(guard.skipped)} of {steps} steps were skipped because fp16 gradients overflowed: {which}")
     resumed_at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     seen = [examples[index] for index in order[resumed_at * examples_per_step :]]
     return Run(
@@ -266,6 +292,7 @@ class _Trainer(Trainer):
         super().__init__(**arguments)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the supervised tokens of a whole step for us
         self.notes: list[str] = []
+        self.rows = self.args.per_device_train_batch_size  # examples that go through the model together
 
     def note(self, line: str) -> None:
         self.notes.append(line)
@@ -285,8 +312,45 @@ class _Trainer(Trainer):
             raise TrainingError(_advice(f"the loss is {loss.item()}", self.state.global_step + 1, self.args.learning_rate))
         return loss
 
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[dict[str, Tensor]], Tensor]:
+        self.batches_of_step, tokens = super().get_batch_samples(*arguments)
+        return self.batches_of_step, tokens
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None) -> Tensor:
+        """Forward and backward of a micro-batch. Out of memory, the step begins anew with half as many examples at a time.
+
+        That changes nothing but the time and the rounding: weights and optimizer change only at the end of a step, and the loss is
+        a sum over tokens, so the gradients of the halves add up to those of the whole. (Dropout, if any, is drawn again.)
+        One of several processes does not try it, since the others would wait.
+        """
+        undone: list[dict[str, Tensor]] = []
+        while True:
+            try:
+                for batch in undone:
+                    self._in_parts(model, batch, num_items_in_batch)
+                return self._in_parts(model, inputs, num_items_in_batch)
+            except RuntimeError as error:
+                fewest = math.ceil(self.args.per_device_train_batch_size / 2**HALVINGS)
+                if not should_reduce_batch_size(error) or self.rows == fewest or self.args.world_size > 1:
+                    raise
+            self.rows = math.ceil(self.rows / 2)
+            self.note(f"step {self.state.global_step + 1} ran out of memory: it is taken with {self.rows} examples at a time")
+            model.zero_grad()
+            clear_device_cache(garbage_collection=True)  # only now: the error's traceback held the activations
+            undone = list(itertools.takewhile(lambda batch: batch is not inputs, self.batches_of_step))
+
+    def _in_parts(self, model: nn.Module, batch: dict[str, Tensor], tokens: Tensor | None) -> Tensor:
+        """Forward and backward of at most `rows` examples at a time; the sum of their losses."""
+        parts = zip(*(tensor.split(self.rows) for tensor in batch.values()), strict=True)
+        return sum(super(_Trainer, self).training_step(model, dict(zip(batch, part, strict=True)), tokens) for part in parts)
+
     def _get_train_sampler(self, *dataset: Any) -> Sampler:
         return SequentialSampler(self.train_dataset)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """A run that began with fp16 may go on without a GradScaler, on another GPU or after its advice to use float32."""
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
         """Let the Trainer write into a partial folder, then seal and rename it. A failure costs this checkpoint, not the run."""
@@ -304,11 +368,13 @@ class _Trainer(Trainer):
                 sealing.publish(partial / final.name, final, self.settings)
                 ours = [path for path in _checkpoints(final.parent) if (path / sealing.SEAL).is_file()]
                 for old in ours[: ours.index(final) + 1][:-CHECKPOINTS_KEPT]:  # folders of other programs are left alone
-                    shutil.rmtree(old, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        old.rename(partial / old.name)  # deleted below; killed on the way, it leaves no half of a checkpoint
         except (OSError, RuntimeError, SafetensorError) as error:
-            bytes_needed = 3 * sum(weight.nbytes for weight in self.model.parameters() if weight.requires_grad)
-            self.note(
-                f"{final.name} was not written ({first_line(error)}): it takes about {bytes_needed / 1e6:.0f} MB, "
+            trained = sum(weight.nbytes for weight in self.model.parameters() if weight.requires_grad)
+            saved = trained if hasattr(self.model, "peft_config") else sum(weight.nbytes for weight in self.model.parameters())
+            self.note(  # AdamW keeps two numbers a trained weight
+                f"{final.name} was not written ({first_line(error)}): it takes about {(saved + 2 * trained) / 1e6:.0f} MB, "
                 f"{shutil.disk_usage(final.parent).free / 1e6:.0f} MB are free; training goes on, older checkpoints are whole"
             )
         finally:
@@ -332,16 +398,43 @@ class _Progress(TrainerCallback):
 
 
 class _GradientGuard(TrainerCallback):
-    """Stop before a gradient that is not finite reaches the weights. With fp16 the GradScaler skips such steps by itself."""
+    """Stop before a gradient that is not finite reaches the weights.
+
+    With fp16 the GradScaler skips such a step and halves its scale. That the scale fell is the only sign of it: the fused AdamW
+    skips by itself, which accelerate does not notice. The scale begins at 65536 and takes some steps to fit the model (3 for
+    SmolLM2); from then on it is doubled every 2000 steps, so a single skip is normal and several in a row are not. Hence the rule:
+    after the first step that was taken, stop at 3 skips in a row; before it, when the scale falls below 1, where gradients overflow
+    unscaled, or when the run ends.
+    """
+
+    def __init__(self) -> None:
+        self.skipped: list[int] = []
+        self.in_a_row = 0
+        self.scale_fits = False
 
     def on_pre_optimizer_step(
-        self, arguments: TrainingArguments, state: Any, control: Any, model: nn.Module, **unused: Any
+        self, arguments: TrainingArguments, state: Any, control: Any, model: nn.Module, optimizer: Any, **unused: Any
     ) -> None:
-        if arguments.fp16:
+        if optimizer.scaler is not None:
+            self.scale = optimizer.scaler.get_scale()
             return
         norm = nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
         if not torch.isfinite(norm):
             raise TrainingError(_advice(f"the gradient norm is {norm.item()}", state.global_step + 1, arguments.learning_rate))
+
+    def on_step_end(self, arguments: TrainingArguments, state: Any, control: Any, optimizer: Any, **unused: Any) -> None:
+        if optimizer.scaler is None:
+            return
+        scale = optimizer.scaler.get_scale()
+        if scale >= self.scale:
+            self.in_a_row, self.scale_fits = 0, True
+            return
+        self.skipped.append(state.global_step)
+        self.in_a_row += 1
+        no_scale_fits = not self.scale_fits and (scale < 1 or state.global_step == state.max_steps)
+        if no_scale_fits or (self.scale_fits and self.in_a_row == SKIPS_IN_A_ROW):
+            found = f"fp16 gradients overflowed in {self.in_a_row} steps in a row, the last"
+            raise TrainingError(_advice(found, state.global_step, arguments.learning_rate))
 
 
 def _advice(found: str, step: int, learning_rate: float) -> str:
@@ -394,7 +487,12 @@ def _check_writable(folder: Path) -> None:
         raise TrainingError(f"{folder} cannot be written ({error.strerror}): choose another folder for the checkpoints") from None
 
 
-def _fingerprint(examples: Sequence[Example]) -> str:
-    """A short name for this data in this order."""
-    content = json.dumps([[example.input_ids, example.labels] for example in examples])
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
+def _trained_weights(model: nn.Module) -> str:
+    """How many weights are trained, and a short name for which."""
+    shapes = {name: list(weight.shape) for name, weight in model.named_parameters() if weight.requires_grad}
+    return f"{sum(map(math.prod, shapes.values()))} ({_fingerprint(shapes)})"
+
+
+def _fingerprint(content: Any) -> str:
+    """A short name for JSON values."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
