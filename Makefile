@@ -22,7 +22,7 @@ test: setup  ## unit tests, docstring examples, and nbval over all notebooks
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --doctest-modules --durations=5 tests course_lib
 	@echo "== notebooks: every cell executed with the network blocked, exact outputs compared (minutes)"
 	@PYTHONPATH=tests/offline $(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg \
-		--nbval-cell-timeout 300 --durations=10 -v notebooks
+		--nbval-cell-timeout 290 --durations=10 -v notebooks
 
 faults: setup  ## make every fault of docs/faults.md happen, print the table of what was said and lost (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider --faults-table docs/faults.md tests/faults

@@ -112,14 +112,20 @@ def read_seed_tasks(path: Path | str) -> Reading:
 
 
 def read_hub(repository: str = "tatsu-lab/alpaca") -> Reading:
-    """Read an Alpaca-style data set from the Hub, where it can be reached. Raises HubError at once where it cannot.
+    """Read the split "train" of an Alpaca-style data set from the Hub, where it can be reached.
 
     The column `text`, the record already put into its prompt, is dropped: prompts are made here.
+    Raises HubError at once where the Hub cannot be reached, DataError for what is no such data set.
     """
     hub.probe(f"datasets/{repository}", "README.md")
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
-    rows = load_dataset(repository, split="train")
+    folder = hub.download(f"datasets/{repository}")
+    try:
+        rows = load_dataset(str(folder), split="train")
+    except (DatasetsError, OSError, ValueError) as error:
+        raise DataError(f"{repository} holds no data set that can be read: {first_line(error)}") from None
     return check_records(rows.remove_columns([name for name in rows.column_names if name == "text"]), repository)
 
 
@@ -304,14 +310,14 @@ def _read_text(path: Path) -> str:
         raise DataError(f"there is no file {path}: check the path") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{str(path)!r} cannot be read: {first_line(error)}") from None
-    if not content.strip():
+    if not content.strip(b" \t\r\n\0"):
         raise DataError(f"{path.name} is empty, expected {EXPECTED}")
     if content.startswith(b"version https://git-lfs"):
         raise DataError(f"{path.name} is a Git LFS pointer, not the data: run `git lfs pull`, or download the file itself")
     for start, kind in BINARY_STARTS.items():
         if content.startswith(start):
             raise DataError(f"{path.name} is {kind}, expected JSON text: unpack or convert it first")
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content[:4]:
         raise DataError(f"{path.name} is UTF-16 or UTF-32, expected UTF-8: save it again as UTF-8")
     try:
         text = content.decode("utf-8-sig")

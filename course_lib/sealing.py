@@ -58,7 +58,7 @@ def check(folder: Path, others: Collection[str] = ()) -> dict:
         facts, checksums = dict(sealed["facts"]), dict(sealed["sha256"])
         if sealed["seal"] != _fingerprint({"facts": facts, "sha256": checksums}):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise DamagedError(f"{folder.name} has no readable {SEAL}") from None
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SEAL, *others}
     for name in sorted(name for name in present ^ checksums.keys() if not name.startswith(".")):

