@@ -4,12 +4,13 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_TO_BENCH := $(VENV)/.ready-to-bench
 CHROME_PATH ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 MARP := node_modules/.bin/marp --no-stdin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test faults doctor audit day lab notebooks figures slides test-slides chrome lint stamp clean
+.PHONY: help setup run test faults bench doctor audit day lab notebooks figures slides test-slides chrome lint stamp clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +27,10 @@ test: setup  ## unit tests, docstring examples, and nbval over all notebooks
 
 faults: setup  ## make every fault of docs/faults.md happen, print the table of what was said and lost (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider --faults-table docs/faults.md tests/faults
+
+bench: setup $(READY_TO_BENCH)  ## measure every speed promise on all cores, print and write docs/benchmarks.md (15 minutes, on a quiet machine)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -p no:cacheprovider -o python_files='bench_*.py' \
+		--benchmarks-table docs/benchmarks.md tests/benchmarks
 
 doctor: $(READY)  ## packages, device, memory, disk, base model, Hub: a line each, with the next step
 	@$(BIN)/python -m course_lib doctor
@@ -68,6 +73,11 @@ clean:  ## remove .venv, node_modules and build/ (the model cache stays; its pla
 
 setup: $(READY)  ## .venv with everything, and the base model in the cache
 	@$(BIN)/python -m course_lib fetch
+
+$(READY_TO_BENCH): $(READY)
+	@echo "benchmarks: trl, which the course is compared with"
+	@$(PIP) -e '.[course,test,bench]'
+	@touch $@
 
 chrome:
 	@test -n "$(CHROME_PATH)" || { echo "no Chromium found: install it (Debian: chromium, fonts-noto-cjk), or say make CHROME_PATH=..."; exit 1; }
