@@ -30,7 +30,7 @@ faults: setup  ## make every fault of docs/faults.md happen, print the table of 
 
 bench: setup $(READY_TO_BENCH)  ## measure every speed promise on all cores, print and write docs/benchmarks.md (15 minutes, on a quiet machine)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -p no:cacheprovider -o python_files='bench_*.py' \
-		--benchmarks-table docs/benchmarks.md tests/benchmarks
+		--benchmarks-table docs/benchmarks.md $(or $(FILES),tests/benchmarks)
 
 doctor: $(READY)  ## packages, device, memory, disk, base model, Hub: a line each, with the next step
 	@$(BIN)/python -m course_lib doctor

@@ -132,6 +132,16 @@ def adapted(rank: int, alpha: float | None = None, targets: Targets = ALL_LINEAR
     return prepare
 
 
+def last_blocks(count: int) -> Prepare:
+    """Train the last blocks of the model, and nothing else."""
+
+    def prepare(base: "Loaded") -> None:
+        base.model.requires_grad_(False)
+        base.model.model.layers[-count:].requires_grad_(True)
+
+    return prepare
+
+
 def compare(
     methods: Sequence[Method], experiment: Experiment, machine: Machine, seeds: Sequence[int] = SEEDS, progress: bool = True
 ) -> list[Outcome]:

@@ -1,5 +1,7 @@
 """Tests of how the benchmarks measure and report; the benchmarks themselves are run by `make bench`."""
 
+import re
+
 import pytest
 
 from tests.benchmarks import conftest
@@ -86,8 +88,10 @@ def test_the_document_shows_misses_absences_and_crashes_and_the_run_fails(pytest
     result.assert_outcomes(passed=2, failed=1, errors=1, skipped=1)
     result.stdout.fnmatch_lines(["*missed: 5 s, promised ≤ 2: [*][*]missed[*][*]"])
     text = (pytester.path / "table.md").read_text(encoding="utf-8")
-    assert "A machine with 2 cores. Python 3" in text
-    assert text.partition("## Sums\n")[2].strip().splitlines() == [
+    stamp, *lines = text.partition("## Sums\n")[2].strip().splitlines()
+    assert re.fullmatch(r"\*Measured \d{4}-\d\d-\d\d: A machine with 2 cores\. Python 3.*\.\*", stamp)
+    assert lines == [
+        "",
         "How they were taken.",
         "",
         "| what | median | unit | lowest to highest | promise |",
@@ -107,3 +111,14 @@ def test_the_tables_are_not_written_unless_asked_for(pytester):
     result = pytester.runpytest_inprocess("bench_sums.py", "-k", "kept", plugins=[conftest])
     result.stdout.fnmatch_lines(["| kept | 2 | s | 1 to 3 | ≤ 2: kept |"])
     assert not list(pytester.path.glob("*.md"))
+
+
+def test_a_run_of_one_file_keeps_the_other_sections(pytester, monkeypatch):
+    monkeypatch.setattr(conftest, "describe_machine", lambda: "A machine")
+    monkeypatch.setattr(conftest, "LIBRARIES", ("torch",))
+    pytester.makepyfile(bench_sums=BENCH, bench_products=BENCH.replace("Sums", "Products"))
+    for file in ("bench_sums.py", "bench_products.py", "bench_sums.py"):
+        pytester.runpytest_inprocess("--benchmarks-table", "table.md", "-k", "kept", file, plugins=[conftest])
+    lines = (pytester.path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("## ")] == ["## Products", "## Sums"]
+    assert lines.count("| kept | 2 | s | 1 to 3 | ≤ 2: kept |") == 2

@@ -6,7 +6,7 @@ import pytest
 
 from course_lib import evaluation, experiments, models, world
 from course_lib.alpaca import DataError, Record
-from course_lib.experiments import Method, Outcome, adapted, compare, summary, world_experiment
+from course_lib.experiments import Method, Outcome, adapted, compare, last_blocks, summary, world_experiment
 from course_lib.runtime import CourseError
 
 UNTOUCHED, FULL = Method("untouched", None), Method("full fine-tuning", 1e-3)
@@ -148,3 +148,9 @@ def test_a_measured_effect_is_read_by_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "data_folder", lambda: tmp_path)
     with pytest.raises(DataError, match="holds no measured effects"):
         experiments.read_effect("prompt_masking")
+
+
+def test_the_last_blocks_train_and_nothing_else(tiny):
+    last_blocks(1)(tiny)
+    trained = {name for name, weight in tiny.model.named_parameters() if weight.requires_grad}
+    assert trained == {name for name, _ in tiny.model.named_parameters() if name.startswith("model.layers.3.")}

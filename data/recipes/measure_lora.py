@@ -15,7 +15,7 @@ import torch
 
 from course_lib import evaluation, experiments, models, runtime, surgery, training, world
 from course_lib.batching import encode_records
-from course_lib.experiments import Method, Outcome, Prepare, adapted, compare, week_experiment, world_experiment
+from course_lib.experiments import Method, Outcome, Prepare, adapted, compare, last_blocks, week_experiment, world_experiment
 from course_lib.models import Loaded
 from course_lib.runtime import Machine
 
@@ -95,16 +95,6 @@ def where(machine: Machine) -> list[Outcome]:
     for count in (1, 2):
         methods.append(Method(f"last {count} of 4 blocks in full", 1e-3, last_blocks(count)))
     return compare(methods, world_experiment(), machine)
-
-
-def last_blocks(count: int) -> Prepare:
-    """Train the last blocks of the model and nothing else."""
-
-    def prepare(base: Loaded) -> None:
-        base.model.requires_grad_(False)
-        base.model.model.layers[-count:].requires_grad_(True)
-
-    return prepare
 
 
 def vocabulary(machine: Machine) -> list[Outcome]:
