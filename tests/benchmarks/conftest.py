@@ -55,7 +55,8 @@ def row(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    reports = [report for kind in ("passed", "failed", "error", "skipped") for report in terminalreporter.stats.get(kind, [])]
+    kinds = ("passed", "failed", "error", "skipped")
+    reports = [report for kind in kinds for report in terminalreporter.stats.get(kind, []) if isinstance(report, pytest.TestReport)]
     if not any(name == "row" for report in reports for name, _ in report.user_properties):
         return
     sections = {}
