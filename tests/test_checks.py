@@ -1,5 +1,6 @@
 """Tests of course_lib.checks: a learner's function may do what it likes, and gets one clear answer."""
 
+import importlib
 import math
 import sys
 import threading
@@ -9,10 +10,10 @@ import pytest
 import torch
 
 from course_lib import checks
-from course_lib.checks import day1, run
+from course_lib.checks import day1, find, run
 from course_lib.runtime import CourseError
 
-NAMES = list(day1.EXERCISES)
+NAMES = [name for day in checks.DAYS for name in importlib.import_module(f"course_lib.checks.{day}").EXERCISES]
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +114,7 @@ NASTY = {
     "recurses": recursion,
     "clears its arguments": clears,
     "takes nothing": lambda: 1,
-    "takes too much": lambda a, b, c, d, e: 1,
+    "takes too much": lambda a, b, c, d, e, f: 1,
     "takes keywords only": lambda *, a: 1,
     "is a built-in": max,
     "is a class": type,
@@ -229,14 +230,14 @@ def test_the_users_interrupt_goes_through():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_verdict_is_the_same_every_time(name):
     assert run(name, lambda *a: 0) == run(name, lambda *a: 0)
-    assert run(name, day1.EXERCISES[name].reference).message == f"{name} passed"
+    assert run(name, find(name).reference).message == f"{name} passed"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_right_answer_to_the_first_case_alone_does_not_pass(name):
     import random
 
-    exercise = day1.EXERCISES[name]
+    exercise = find(name)
     first = next(exercise.cases(random.Random(name)))
     answer = exercise.reference(*first)
     assert not run(name, lambda *arguments: answer).passed
@@ -252,7 +253,7 @@ def test_the_global_generators_are_left_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     for name in NAMES:
-        run(name, day1.EXERCISES[name].reference)
+        run(name, find(name).reference)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -263,6 +264,23 @@ def test_the_difference_is_drawn_in_columns():
         "  expected  -100 -100 -100 -100 21 22 0",
         "               ^",
     ]
+
+
+def test_tensors_within_a_list_are_named_by_their_shape():
+    message = run("E2.6", lambda weight, adapters, shares: weight).message
+    adapters = "[(<tensor 2 x 4>, <tensor 3 x 2>, 6), (<tensor 2 x 4>, <tensor 3 x 2>, 6)]"
+    assert message.splitlines()[1] == f"  <lambda>(<tensor 3 x 4>, {adapters}, [0.5, 0.25])"
+
+
+def test_a_learner_who_turns_autograd_off_is_answered_all_the_same():
+    def my_gradients(x, upstream, a, b, alpha):
+        torch.set_grad_enabled(False)
+        return torch.zeros_like(a), torch.zeros_like(b)
+
+    try:
+        assert "your gradient of a is zero" in run("E2.4", my_gradients).message
+    finally:
+        torch.set_grad_enabled(True)
 
 
 def test_our_rouge_l_is_that_of_the_package():

@@ -379,6 +379,332 @@ WRONG = {
         "one byte is eight bits": "return 8 * parameters * (2 * bytes_per_number + 8 + (4 if master_copy else 0))",
         "not always 4": "return parameters * (16 + (4 if master_copy else 0))",
     },
+    "E2.1": {
+        "add the singular values themselves": """
+            k = 0
+            while sum(singular_values[:k]) < share * sum(singular_values):
+                k += 1
+            return k""",
+        "you compare lengths": """
+            lengths = [math.sqrt(sum(v**2 for v in singular_values[:k])) for k in range(len(singular_values) + 1)]
+            return next(k for k, length in enumerate(lengths) if length >= share * lengths[-1])""",
+        "one too small": """
+            held, total = 0, sum(v**2 for v in singular_values)
+            for k, value in enumerate(singular_values):
+                held += value**2
+                if held >= share * total:
+                    return k
+            return 0""",
+        "one too large": """
+            k, squares = 0, [v**2 for v in singular_values]
+            while sum(squares[:k]) < share * sum(squares):
+                k += 1
+            return k + 1""",
+        "exactly the share, and that is enough": """
+            k, squares = 0, [v**2 for v in singular_values]
+            while k < len(squares) and sum(squares[:k]) <= share * sum(squares):
+                k += 1
+            return k""",
+        "begin with the smallest": """
+            k, squares = 0, sorted(v**2 for v in singular_values)
+            while sum(squares[:k]) < share * sum(squares):
+                k += 1
+            return k""",
+        "the rest holds the share": """
+            k, squares = 0, [v**2 for v in singular_values]
+            while sum(squares[:k]) < (1 - share) * sum(squares):
+                k += 1
+            return k""",
+        "compare each value with the largest": "return sum(v**2 >= share * singular_values[0] ** 2 for v in singular_values)",
+        "a share of the number of values": "return math.ceil(share * len(singular_values))",
+        "the number of all values": "return len(singular_values)",
+        "holds everything with no direction": """
+            k, squares = 1, [v**2 for v in singular_values]
+            while sum(squares[:k]) < share * sum(squares):
+                k += 1
+            return k""",
+        "ZeroDivisionError": """
+            squares = [v**2 for v in singular_values]
+            return next(k for k in range(len(squares) + 1) if sum(squares[:k]) / sum(squares) >= share)""",
+        "the first 0 hold 0.0% of the sum": """
+            k, squares = 0, [v**2 for v in singular_values]
+            for part in squares:
+                if sum(squares[:k]) >= share * sum(squares):
+                    break
+            return k""",
+    },
+    "E2.2": {
+        "these are the A's alone": "return sum(rank * columns for rows, columns in shapes)",
+        "these are the B's alone": "return sum(rank * rows for rows, columns in shapes)",
+        "which are frozen": "return sum(rows * columns for rows, columns in shapes)",
+        "the matrices themselves are frozen": "return sum(rows * columns + rank * (rows + columns) for rows, columns in shapes)",
+        "rank times the whole matrix": "return sum(rank * rows * columns for rows, columns in shapes)",
+        "the entries of A times those of B": "return sum(rank * rows * rank * columns for rows, columns in shapes)",
+        "the count for rank 1": "return sum(rows + columns for rows, columns in shapes)",
+        "the rank is counted twice": "return sum(rank**2 * (rows + columns) for rows, columns in shapes)",
+        "counted as long as `out`": "return sum(2 * rank * rows for rows, columns in shapes)",
+        "counted as long as `in`": "return sum(2 * rank * columns for rows, columns in shapes)",
+        "LoRA adds no bias": "return sum(rank * (rows + columns) + rows for rows, columns in shapes)",
+        "nothing of size r x r": "return sum(rank * (rows + rank + columns) for rows, columns in shapes)",
+        "a shape that occurs several times": "return sum(rank * (rows + columns) for rows, columns in set(shapes))",
+        "only the first matrix": """
+            for rows, columns in shapes:
+                return rank * (rows + columns)
+            return 0""",
+        "only the last matrix": """
+            count = 0
+            for rows, columns in shapes:
+                count = rank * (rows + columns)
+            return count""",
+        "where nothing is adapted": "return sum(rank * (rows + columns) for rows, columns in shapes) or 1",
+        "A has r x in weights": "return sum(min(rank, rows, columns) * (rows + columns) for rows, columns in shapes)",
+    },
+    "E2.3": {
+        "is not scaled": "return x @ weight.T + x @ a.T @ b.T",
+        "but not divided by r": "return x @ weight.T + alpha * x @ a.T @ b.T",
+        "but not multiplied by alpha": "return x @ weight.T + x @ a.T @ b.T / len(a)",
+        "is multiplied by r, expected divided": "return x @ weight.T + alpha * len(a) * (x @ a.T @ b.T)",
+        "upside down": "return x @ weight.T + len(a) / alpha * (x @ a.T @ b.T)",
+        "scaled twice": "scale = alpha / len(a); return x @ weight.T + (scale * x @ a.T) @ (scale * b.T)",
+        "the square root of r": "return x @ weight.T + alpha / math.sqrt(len(a)) * (x @ a.T @ b.T)",
+        "the wrong sign": "return x @ weight.T - alpha / len(a) * (x @ a.T @ b.T)",
+        "you divide by out, 5": "return x @ weight.T + alpha / len(b) * (x @ a.T @ b.T)",
+        "you divide by in, 4": "return x @ weight.T + alpha / a.shape[1] * (x @ a.T @ b.T)",
+        "you divide by N, 3": "return x @ weight.T + alpha / len(x) * (x @ a.T @ b.T)",
+        "0.25 times what it should be": "return x @ weight.T + alpha / a.numel() * (x @ a.T @ b.T)",
+        "x W^T alone": "return x @ weight.T",
+        "the update alone": "return alpha / len(a) * (x @ a.T @ b.T)",
+        "you scale the frozen layer, too": "return alpha / len(a) * (x @ weight.T + x @ a.T @ b.T)",
+        "multiply base and update": "return (x @ weight.T) * (alpha / len(a) * (x @ a.T @ b.T))",
+        "the merged weight": "return weight + alpha / len(a) * b @ a",
+        "your result is 5 x 3, expected 3 x 5": "return (x @ weight.T + alpha / len(a) * (x @ a.T @ b.T)).T",
+        "RuntimeError": "return x @ weight.T + alpha / len(a) * (x @ b.T @ a.T)",
+        "changes its argument `weight`": "weight += alpha / len(a) * b @ a; return x @ weight.T",
+    },
+    "E2.4": {
+        "in the wrong order": "s = alpha / len(a); return s * upstream.T @ (x @ a.T), s * (upstream @ b).T @ x",
+        "gradient of a is transposed": "s = alpha / len(a); return s * x.T @ (upstream @ b), s * upstream.T @ (x @ a.T)",
+        "gradient of b is transposed": "s = alpha / len(a); return s * (upstream @ b).T @ x, s * (x @ a.T).T @ upstream",
+        "gradient of a is not scaled": "return (upstream @ b).T @ x, upstream.T @ (x @ a.T)",
+        "gradient of b is not scaled": "return alpha / len(a) * (upstream @ b).T @ x, upstream.T @ (x @ a.T)",
+        "gradient of a is multiplied by alpha, but": "return alpha * (upstream @ b).T @ x, alpha * upstream.T @ (x @ a.T)",
+        "a mean over the 4 rows": """
+            s = alpha / len(a) / len(x)
+            return s * (upstream @ b).T @ x, s * upstream.T @ (x @ a.T)""",
+        "you add up the rows before you multiply": """
+            s, up = alpha / len(a), upstream.sum(0)
+            return s * torch.outer(up @ b, x.sum(0)), s * torch.outer(up, (x @ a.T).sum(0))""",
+        "gradient of a is zero": "return torch.zeros_like(a), alpha / len(a) * upstream.T @ (x @ a.T)",
+        "gradient of b is zero": "return alpha / len(a) * (upstream @ b).T @ x, torch.zeros_like(b)",
+        "gradient of a has the wrong sign": "s = -alpha / len(a); return s * (upstream @ b).T @ x, s * upstream.T @ (x @ a.T)",
+        "gradient of a is 5 x 3, expected 2 x 3": "s = alpha / len(a); return s * upstream.T @ x, s * upstream.T @ (x @ a.T)",
+        "gradient of a is 4 x 2 x 3": """
+            s = alpha / len(a)
+            return s * (upstream @ b)[:, :, None] * x[:, None], s * upstream[:, :, None] * (x @ a.T)[:, None]""",
+        "expected two gradients": "s = alpha / len(a); return s * upstream.T @ x",
+        "gradient of a is scaled twice": """
+            s = alpha / len(a)
+            return s * (upstream @ (s * b)).T @ x, s * upstream.T @ (x @ a.T)""",
+        "RuntimeError": """
+            y = alpha / len(a) * x @ a.T @ b.T
+            y.backward(upstream)
+            return a.grad, b.grad""",
+    },
+    "E2.5": {
+        "changes its argument `weight`": "weight += alpha / len(a) * b @ a; return weight",
+        "is not scaled": "return weight + b @ a",
+        "but not divided by r": "return weight + alpha * b @ a",
+        "is multiplied by r, expected divided": "return weight + alpha * len(a) * b @ a",
+        "upside down": "return weight + len(a) / alpha * b @ a",
+        "the old weight": "weight.clone().add_(b @ a, alpha=alpha / len(a)); return weight.clone()",
+        "the update alone": "return alpha / len(a) * b @ a",
+        "you scale the frozen weight, too": "return alpha / len(a) * (weight + b @ a)",
+        "you mix weight and update": "return torch.lerp(weight, b @ a, alpha / len(a))",
+        "the wrong sign": "return weight - alpha / len(a) * b @ a",
+        "you divide by out, 3": "return weight + alpha / len(b) * b @ a",
+        "you divide by in, 4": "return weight + alpha / a.shape[1] * b @ a",
+        "scaled twice": "return weight + (alpha / len(a) * b) @ (alpha / len(a) * a)",
+        "your result is 4 x 3, expected 3 x 4": "return (weight + alpha / len(a) * b @ a).T",
+        "RuntimeError": "return weight + alpha / len(a) * a.T @ b.T",
+        "None, expected a list": "weight.clone().add_(b @ a, alpha=alpha / len(a))",
+    },
+    "E2.6": {
+        "you blend the A's and the B's apart": """
+            a = sum(share * a for (a, _, _), share in zip(adapters, shares))
+            b = sum(share * b for (_, b, _), share in zip(adapters, shares))
+            return weight + adapters[0][2] / len(a) * b @ a""",
+        "cross terms": """
+            a = sum(a for a, _, _ in adapters) / len(adapters)
+            b = sum(b for _, b, _ in adapters) / len(adapters)
+            return weight + adapters[0][2] / len(a) * b @ a""",
+        "laid side by side": """
+            a, b = torch.cat([a for a, _, _ in adapters]), torch.cat([b for _, b, _ in adapters], 1)
+            return weight + b @ a""",
+        "or by the sum of all ranks": """
+            a = torch.cat([share * a for (a, _, _), share in zip(adapters, shares)])
+            b = torch.cat([b for _, b, _ in adapters], 1)
+            return weight + adapters[0][2] / len(a) * b @ a""",
+        "your shares are squared": """
+            a = torch.cat([share * a for (a, _, _), share in zip(adapters, shares)])
+            b = torch.cat([share * alpha / len(a) * b for (a, b, alpha), share in zip(adapters, shares)], 1)
+            return weight + b @ a""",
+        "your shares are missing": "return weight + sum(alpha / len(a) * b @ a for a, b, alpha in adapters)",
+        "your updates are not scaled": "return weight + sum(share * b @ a for (a, b, _), share in zip(adapters, shares))",
+        "alpha is not divided by r": """
+            return weight + sum(share * alpha * b @ a for (a, b, alpha), share in zip(adapters, shares))""",
+        "you blend merged weights": """
+            return sum(share * (weight + alpha / len(a) * b @ a) for (a, b, alpha), share in zip(adapters, shares))""",
+        "`weight` is added 2 times": """
+            return sum(weight + share * alpha / len(a) * b @ a for (a, b, alpha), share in zip(adapters, shares))""",
+        "you divide by the sum of the shares": """
+            parts = [share * alpha / len(a) * b @ a for (a, b, alpha), share in zip(adapters, shares)]
+            return weight + sum(parts) / sum(shares)""",
+        "you divide by the number of adapters": """
+            parts = [share * alpha / len(a) * b @ a for (a, b, alpha), share in zip(adapters, shares)]
+            return weight + sum(parts) / len(parts)""",
+        "the scale of the first adapter": """
+            scale = adapters[0][2] / len(adapters[0][0])
+            return weight + sum(share * scale * b @ a for (a, b, _), share in zip(adapters, shares))""",
+        "the scale of the last adapter": """
+            for a, b, alpha in adapters:
+                scale = alpha / len(a)
+            return weight + sum(share * scale * b @ a for (a, b, _), share in zip(adapters, shares))""",
+        "the updates alone": """
+            return sum(share * alpha / len(a) * b @ a for (a, b, alpha), share in zip(adapters, shares))""",
+        "only the first adapter": """
+            for (a, b, alpha), share in zip(adapters, shares):
+                return weight + share * alpha / len(a) * b @ a
+            return weight""",
+        "only the last adapter": """
+            blended = weight
+            for (a, b, alpha), share in zip(adapters, shares):
+                blended = weight + share * alpha / len(a) * b @ a
+            return blended""",
+        "the old weight": """
+            for (a, b, alpha), share in zip(adapters, shares):
+                weight + share * alpha / len(a) * b @ a
+            return weight""",
+        "changes its argument `weight`": """
+            blended = weight
+            for (a, b, alpha), share in zip(adapters, shares):
+                blended += share * alpha / len(a) * b @ a
+            return blended""",
+        "RuntimeError": """
+            parts = [(share * alpha / len(a) * b, a) for (a, b, alpha), share in zip(adapters, shares)]
+            b, a = (torch.stack(part) for part in zip(*parts))
+            return weight + (b @ a).sum(0)""",
+        "without adapters": """
+            blended = weight if adapters else torch.zeros_like(weight)
+            for (a, b, alpha), share in zip(adapters, shares):
+                blended = blended + share * alpha / len(a) * b @ a
+            return blended""",
+    },
+    "E2.7": {
+        "more than the budget: round down": "return math.ceil(budget / sum(sum(shape) for shape in shapes))",
+        "you count the A's alone": "return min(budget // sum(columns for _, columns in shapes), min(map(min, shapes)))",
+        "you count the B's alone": "return min(budget // sum(rows for rows, _ in shapes), min(map(min, shapes)))",
+        "divide by what rank 1 trains": "return budget // sum(rows * columns for rows, columns in shapes)",
+        "you count the first matrix alone": "return min(budget // sum(shapes[0]), min(map(min, shapes)))",
+        "you count the last matrix alone": "return min(budget // sum(shapes[-1]), min(map(min, shapes)))",
+        "rank 53 is above the smallest side of all matrices, 4": "return budget // sum(sum(shape) for shape in shapes)",
+        "rank 30 is above the smallest side": "return min(budget // sum(sum(shape) for shape in shapes), min(shapes[0]))",
+        "B A has no higher rank than that": "return min(budget // sum(sum(shape) for shape in shapes), min(map(max, shapes)))",
+        "trains exactly 1,050, and that is allowed": """
+            return min((budget - 1) // sum(sum(shape) for shape in shapes), min(map(min, shapes)))""",
+        "need not be a power of two": """
+            rank = min(budget // sum(sum(shape) for shape in shapes), min(map(min, shapes)))
+            return 2 ** (rank.bit_length() - 1) if rank else 0""",
+        "a rank is a whole number": "return min(budget / sum(sum(shape) for shape in shapes), min(map(min, shapes)))",
+        "not even rank 1 fits": "return max(1, min(budget // sum(sum(shape) for shape in shapes), min(map(min, shapes))))",
+        "never below 0": "return min(budget // sum(sum(shape) for shape in shapes), min(map(min, shapes))) or -1",
+        "take the largest rank that fits": """
+            rank = min(budget // sum(sum(shape) for shape in shapes), min(map(min, shapes)))
+            return rank - 1 if rank == min(map(min, shapes)) else rank""",
+    },
+    "E2.8": {
+        "every row gets the updates of all jobs": """
+            return x @ weight.T + sum(alpha / len(a) * (x @ a.T @ b.T) for a, b, alpha in adapters)""",
+        "row 1 belongs to job 1 and gets the update of job 0": """
+            a, b, alpha = adapters[0]
+            return x @ weight.T + alpha / len(a) * (x @ a.T @ b.T)""",
+        "sorted by job": """
+            rows = []
+            for i, (a, b, alpha) in enumerate(adapters):
+                own = x[torch.tensor(job) == i]
+                rows.append(own @ weight.T + alpha / len(a) * (own @ a.T @ b.T))
+            return torch.cat(rows)""",
+        "row 1 belongs to job 1 and gets": """
+            parts = torch.arange(len(x)).chunk(len(adapters))  # as if the rows came sorted
+            y = x @ weight.T
+            for rows, (a, b, alpha) in zip(parts, adapters):
+                y[rows] += alpha / len(a) * (x[rows] @ a.T @ b.T)
+            return y""",
+        "row 0 belongs to job 2 and gets the update of job 1": """
+            y = x @ weight.T
+            for own, (a, b, alpha) in zip(sorted(set(job)), adapters):  # slips where a job has no row
+                rows = torch.tensor(job) == own
+                y[rows] += alpha / len(a) * (x[rows] @ a.T @ b.T)
+            return y""",
+        "x W^T is added 2 times": """
+            y = torch.zeros(len(x), len(weight))
+            for i, (a, b, alpha) in enumerate(adapters):
+                mine = (torch.tensor(job) == i).float()[:, None]
+                y += x @ weight.T + mine * (alpha / len(a) * (x @ a.T @ b.T))
+            return y""",
+        "the updates are missing": """
+            y = x @ weight.T
+            for i, (a, b, alpha) in enumerate(adapters):
+                rows = torch.tensor(job) == i
+                y[rows].add_(alpha / len(a) * (x[rows] @ a.T @ b.T))  # y[rows] is a copy
+            return y""",
+        "the updates alone": """
+            y = torch.zeros(len(x), len(weight))
+            for i, (a, b, alpha) in enumerate(adapters):
+                rows = torch.tensor(job) == i
+                y[rows] = alpha / len(a) * (x[rows] @ a.T @ b.T)
+            return y""",
+        "update of row 0, job 0, is not scaled": """
+            y = x @ weight.T
+            for i, (a, b, alpha) in enumerate(adapters):
+                rows = torch.tensor(job) == i
+                y[rows] += x[rows] @ a.T @ b.T
+            return y""",
+        "but not divided by r": """
+            y = x @ weight.T
+            for i, (a, b, alpha) in enumerate(adapters):
+                rows = torch.tensor(job) == i
+                y[rows] += alpha * x[rows] @ a.T @ b.T
+            return y""",
+        "1.5 times what it should be": """
+            y, scale = x @ weight.T, adapters[0][2] / len(adapters[0][0])
+            for i, (a, b, alpha) in enumerate(adapters):
+                rows = torch.tensor(job) == i
+                y[rows] += scale * (x[rows] @ a.T @ b.T)
+            return y""",
+        "row 1 gets no update": """
+            y = x @ weight.T
+            a, b, alpha = adapters[0]
+            rows = torch.tensor(job) == 0
+            y[rows] += alpha / len(a) * (x[rows] @ a.T @ b.T)
+            return y""",
+        "row 2 gets no update": """
+            y = x @ weight.T
+            for i, (a, b, alpha) in enumerate(adapters):
+                if i in job:
+                    row = job.index(i)
+                    y[row] += alpha / len(a) * (x[row] @ a.T @ b.T)
+            return y""",
+        "RuntimeError": """
+            a, b = torch.stack([adapters[i][0] for i in job]), torch.stack([adapters[i][1] for i in job])
+            scale = torch.tensor([adapters[i][2] / len(adapters[i][0]) for i in job])
+            return x @ weight.T + scale[:, None] * torch.einsum("ni,nri,nor->no", x, a, b)""",
+        "your result is 2 x 4, expected 4 x 2": """
+            y = x @ weight.T
+            for i, (a, b, alpha) in enumerate(adapters):
+                rows = torch.tensor(job) == i
+                y[rows] += alpha / len(a) * (x[rows] @ a.T @ b.T)
+            return y.T""",
+    },
 }
 LCS = """
     table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
@@ -426,6 +752,14 @@ EQUIVALENT = {name: {} for name in EXERCISES} | {
         "4: weights_and_gradients + moments + (4 if master_copy else 0) -> "
         "(4 if master_copy else 0) + (weights_and_gradients + moments)": COMMUTES,
     },
+    "E2.2": {"2: rows + columns -> columns + rows": COMMUTES},
+    "E2.3": {"3: x @ weight.T + scale * (x @ a.T @ b.T) -> scale * (x @ a.T @ b.T) + x @ weight.T": COMMUTES},
+    "E2.5": {"2: weight + alpha / len(a) * b @ a -> alpha / len(a) * b @ a + weight": COMMUTES},
+    "E2.7": {
+        "2: rows + columns -> columns + rows": COMMUTES,
+        "3: min(budget // rank_one, min((min(shape) for shape in shapes))) -> "
+        "min(min((min(shape) for shape in shapes)), budget // rank_one)": "the smaller of two numbers, in any order",
+    },
 }
 
 SWAPS = {
@@ -433,6 +767,8 @@ SWAPS = {
     ast.Sub: [ast.Add],
     ast.Mult: [ast.Div],
     ast.Div: [ast.Mult],
+    ast.FloorDiv: [ast.Div],
+    ast.Pow: [ast.Mult],
     ast.Lt: [ast.LtE, ast.GtE],
     ast.LtE: [ast.Lt, ast.Gt],
     ast.Gt: [ast.GtE, ast.LtE],
@@ -478,6 +814,8 @@ def replacements(node):
             yield node.func.value  # a method that is not called
             if node.func.attr in OTHER_NAMES:
                 yield changed(node, func=changed(node.func, attr=OTHER_NAMES[node.func.attr]))
+    if isinstance(node, ast.Attribute) and node.attr == "T":
+        yield node.value  # a matrix that is not transposed
     if isinstance(node, ast.IfExp):
         yield changed(node, body=node.orelse, orelse=node.body)
         yield from (node.body, node.orelse)

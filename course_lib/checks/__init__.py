@@ -31,7 +31,7 @@ from typing import Any
 
 from course_lib.runtime import CourseError, first_line
 
-DAYS = ("day1",)
+DAYS = ("day1", "day2")
 SECONDS = 5.0  # for one check; a right function takes milliseconds
 MAX_VALUES = 10_000  # in a result; the largest right one has a few hundred
 WIDTH = 100  # characters of a printed value
@@ -276,14 +276,22 @@ def _row_lengths(rows: list) -> list[int | None]:
 
 
 def _show(value: Any) -> str:
-    """A value on one line, cut at WIDTH; numbers with at most six digits after the point."""
-    if hasattr(value, "shape"):
-        return f"<{type(value).__name__.lower()} {' x '.join(map(str, value.shape))}>"
+    """A value on one line, cut at WIDTH; numbers with at most six digits after the point, tensors by their shape."""
     try:
-        text = re.sub(r"(\.\d{6})\d+(?!\d*e)", r"\1", repr(value))
+        text = re.sub(r"(\.\d{6})\d+(?!\d*e)", r"\1", _text(value))
     except Exception:  # a learner's object
         text = kind(value)
     return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
+
+
+def _text(value: Any) -> str:
+    if hasattr(value, "shape"):
+        return f"<{type(value).__name__.lower()} {' x '.join(map(str, value.shape))}>"
+    if type(value) is list:
+        return f"[{', '.join(map(_text, value))}]"
+    if type(value) is tuple and len(value) > 1:
+        return f"({', '.join(map(_text, value))})"
+    return repr(value)
 
 
 def _call(function: Callable[..., Any], arguments: tuple) -> str:
