@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from course_lib import lora, surgery
+from course_lib import lora
 from course_lib.batching import collate, encode, encode_records
 from course_lib.lora import DoRALinear, LoRALinear, add_lora, lora_layers, merged_copy, use_adapters
 from course_lib.peft_format import save_adapter
@@ -277,7 +277,7 @@ def test_lora_trains_with_checkpointed_activations(tiny, records):
     torch.testing.assert_close(gradients(), expected, atol=1e-6, rtol=0)
 
 
-def test_an_adapter_trains_over_a_4_bit_layer_but_is_not_merged_into_it():
+def test_an_adapter_trains_over_a_4_bit_layer():
     from bitsandbytes.nn import Linear4bit
 
     model = nn.Sequential(Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32)).to("cpu")
@@ -286,43 +286,15 @@ def test_an_adapter_trains_over_a_4_bit_layer_but_is_not_merged_into_it():
     assert torch.equal(model(torch.ones(1, 64)), plain)
     model(torch.ones(1, 64)).sum().backward()
     assert model[0].adapters["default"].B.grad.any()
-    with pytest.raises(CourseError, match="Linear4bit is quantised.*dequantise the base first"):
-        merged_copy(model)
 
 
-# --- hostile input
-
-
-@pytest.mark.parametrize("rank", [0, -1, 2.0, "8", None, 129])
-def test_a_rank_that_cannot_be_is_refused_before_anything_changes(tiny, rank):
-    before = dict(tiny.model.named_modules())
-    with pytest.raises(CourseError, match=r"rank=.* in 1..128 for model.layers.0.self_attn.q_proj, a 128 x 128 weight: choose one"):
-        add_lora(tiny.model, rank, 16)
-    assert dict(tiny.model.named_modules()) == before
-    assert surgery.count_parameters(tiny.model).trained == surgery.count_parameters(tiny.model).total
-
-
-@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), "16"])
-def test_alpha_must_be_a_number_above_0(alpha):
-    with pytest.raises(CourseError, match="alpha=.* above 0"):
-        LoRALinear(nn.Linear(4, 4), 2, alpha)
+# --- hostile input; more of it is in tests/faults
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "keys", "training", 3])
 def test_a_name_that_torch_cannot_keep_is_refused(tiny, name):
     with pytest.raises(CourseError, match="cannot be called .*choose another word"):
         add_lora(tiny.model, 2, 4, name=name)
-
-
-def test_an_adapter_is_not_added_twice(tiny):
-    add_lora(tiny.model, 2, 4, ["q_proj"])
-    with pytest.raises(CourseError, match="has an adapter 'default' already: choose another name"):
-        add_lora(tiny.model, 2, 4, ["v_proj"])
-
-
-def test_a_peft_model_is_refused(tiny):
-    with pytest.raises(CourseError, match="an adapter of peft: load the base again"):
-        add_lora(get_peft_model(tiny.model, LoraConfig(r=2)), 2, 4)
 
 
 def test_another_methods_layer_is_refused():
@@ -336,24 +308,8 @@ def test_a_head_that_is_the_embedding_is_refused(tiny):
         add_lora(tiny.model, 2, 4, ["q_proj", "lm_head"])
 
 
-def test_an_unknown_adapter_is_answered_with_the_known_ones(tiny):
-    with pytest.raises(CourseError, match="'one' is not known, the model has none: add_lora"):
-        use_adapters(tiny.model, "one")
-    adapted(tiny.model, name="two")
-    with pytest.raises(CourseError, match="'one' is not known, the model has two"):
-        use_adapters(tiny.model, {"two": 0.5, "one": 0.5})
-
-
-def test_blends_without_a_sound_meaning_are_refused(tiny):
-    add_lora(tiny.model, 2, 4, ["q_proj"], name="one")
-    add_lora(tiny.model, 2, 4, ["q_proj", "v_proj"], name="two")
-    with pytest.raises(CourseError, match="'one' and 'two' change different layers"):
-        use_adapters(tiny.model, {"one": 0.5, "two": 0.5})
-    for weight in (float("nan"), "0.5", None):
-        with pytest.raises(CourseError, match="the weight of adapter 'one'"):
-            use_adapters(tiny.model, {"one": weight})
-
-
-def test_nothing_to_merge_is_said(tiny):
-    with pytest.raises(CourseError, match="no LoRA layers"):
-        merged_copy(tiny.model)
+@pytest.mark.parametrize("weight", [float("nan"), "0.5", None])
+def test_a_weight_of_a_blend_must_be_a_number(weight, tiny):
+    add_lora(tiny.model, 2, 4, name="one")
+    with pytest.raises(CourseError, match="the weight of adapter 'one'"):
+        use_adapters(tiny.model, {"one": weight})

@@ -3,9 +3,11 @@
 `make test-slides` opens them in Chromium.
 """
 
-import importlib.util
+import importlib
 import json
 import re
+import statistics
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -13,14 +15,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SLIDES = ROOT / "slides"
-DECKS = sorted(SLIDES.glob("day*.md"))
-DAY1 = (SLIDES / "day1_alpaca.md").read_text(encoding="utf-8")
-NOTEBOOK = json.loads((ROOT / "notebooks" / "day1_alpaca.ipynb").read_text(encoding="utf-8"))
+DECKS = {path.stem: path.read_text(encoding="utf-8") for path in sorted(SLIDES.glob("day*.md"))}
 STALE = "the notebook was executed again: run `make figures` and bring the slides in step"
 
-_spec = importlib.util.spec_from_file_location("draw_figures", SLIDES / "draw_figures.py")
-figures = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(figures)
+sys.path.insert(0, str(SLIDES))  # the modules that draw stand beside the slides
+figures, drawing = importlib.import_module("draw_figures"), importlib.import_module("drawing")
+day1, day2 = figures.DAYS
+DAY1, DAY2 = DECKS[day1.NAME], DECKS[day2.NAME]
+NOTEBOOK1, NOTEBOOK2 = drawing.read_notebook(day1.NAME), drawing.read_notebook(day2.NAME)
 
 
 def slides_of(text):
@@ -43,13 +45,25 @@ def words_of(text):
     return re.findall(r"\w[\w.,'’-]*", text)
 
 
-@pytest.fixture(params=DECKS, ids=lambda path: path.stem)
-def deck(request):
-    return request.param.read_text(encoding="utf-8")
+def slide_called(deck, title):
+    """The one slide whose title begins so."""
+    (slide,) = (slide for slide in slides_of(deck) if f"# {title}" in slide)
+    return slide
+
+
+@pytest.fixture(params=figures.DAYS, ids=lambda day: day.NAME)
+def day(request):
+    return request.param
+
+
+@pytest.fixture
+def deck(day):
+    return DECKS[day.NAME]
 
 
 def test_every_notebook_has_its_deck():
-    assert [path.stem for path in DECKS] == [path.stem for path in sorted((ROOT / "notebooks").glob("day*.ipynb"))]
+    assert list(DECKS) == [path.stem for path in sorted((ROOT / "notebooks").glob("day*.ipynb"))]
+    assert list(DECKS) == [day.NAME for day in figures.DAYS]
 
 
 def test_the_front_matter_is_what_works_offline(deck):
@@ -99,13 +113,18 @@ def test_every_figure_is_used_described_and_there(deck):
     for text, path in re.findall(r"!\[(.*?)\]\((.*?)\)", deck):
         assert (SLIDES / path).is_file(), path
         assert len(words_of(re.sub(r"\bw:\d+", "", text))) >= 5, path
-    used = {name for path in DECKS for name in re.findall(r"figures/(\w+\.\w+)\)", path.read_text(encoding="utf-8"))}
+    used = {name for text in DECKS.values() for name in re.findall(r"figures/(\w+\.\w+)\)", text)}
     assert used == {path.name for path in (SLIDES / "figures").iterdir()}
 
 
-def test_the_figures_are_those_of_the_notebooks_outputs(tmp_path):
-    drawn = figures.draw_all(NOTEBOOK, tmp_path)
-    assert {path.name for path in drawn} == {path.name for path in (SLIDES / "figures").glob("day1_*")}
+def test_every_number_is_filled_in(deck):
+    assert "??" not in deck
+
+
+def test_the_figures_are_those_of_the_notebooks_outputs(day, tmp_path):
+    drawn = figures.draw_all(day, drawing.read_notebook(day.NAME), tmp_path)
+    prefix = day.NAME.partition("_")[0]
+    assert {path.name for path in drawn} == {path.name for path in (SLIDES / "figures").glob(f"{prefix}_*")}
     tested = re.search(r"^matplotlib==(.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M).group(1)
     for path in drawn:
         committed = (SLIDES / "figures" / path.name).read_bytes()
@@ -117,44 +136,55 @@ def test_the_figures_are_those_of_the_notebooks_outputs(tmp_path):
             )
 
 
-def test_drawing_needs_the_cells_it_reads():
+def test_drawing_needs_the_cells_it_reads(day, tmp_path):
     with pytest.raises(ValueError, match="0 cells of the notebook contain"):
-        figures.draw_all({"cells": []}, ROOT / "build" / "never")
+        figures.draw_all(day, {"cells": []}, tmp_path)
 
 
-def test_the_table_of_the_week_is_that_of_the_data():
-    assert figures.with_week_table(DAY1) == DAY1, "run `make figures`"
-    assert figures.week_table() in DAY1
-    assert figures.week_table().count("\n") == 3
+def test_the_tables_are_those_of_the_data_and_of_the_notebook(day, deck):
+    assert figures.with_tables(deck, day.tables(drawing.read_notebook(day.NAME))) == deck, "run `make figures`"
 
 
-def test_a_new_table_of_the_week_takes_the_place_of_the_old_one():
+def test_a_day_shows_its_own_methods_in_the_table_of_the_week():
+    (week,) = day1.tables(NOTEBOOK1)
+    assert [row["method"] for row in week] == ["untouched", "full fine-tuning"]
+    for method in ("last 8 of 30 blocks", "LoRA r=8, all linear layers", *(row["method"] for row in week)):
+        assert re.fullmatch(day2.WEEK, method), method
+    for later in ("AdaLoRA", "QLoRA r=8", "prefix tuning"):
+        assert not re.fullmatch(day2.WEEK, later), later
+
+
+def test_a_new_table_takes_the_place_of_the_old_one():
+    tables = day1.tables(NOTEBOOK1)
     stale = DAY1.replace("| untouched | 0 |", "| untouched | 7 |")
     assert stale != DAY1
-    assert figures.with_week_table(stale) == DAY1
+    assert figures.with_tables(stale, tables) == DAY1
     with pytest.raises(ValueError, match="found 0 tables"):
-        figures.with_week_table("# no table\n")
+        figures.with_tables("# no table\n", tables)
 
 
-def stated_numbers():
-    """Pairs of a statement with the notebook's own numbers, and the title of the slide on which it must stand."""
+def found(notebook, fragment, pattern):
+    """The groups of `pattern` in what the cell with `fragment` printed."""
+    text = drawing.printed(notebook, fragment)
+    match = re.search(pattern, text)
+    assert match, f"{pattern!r} is not in the output {text!r} of the cell with {fragment!r}"
+    return match.groups()
 
-    def found(fragment, pattern):
-        return re.search(pattern, figures.printed(NOTEBOOK, fragment)).groups()
 
-    tokens, trained = found('"tokens, of which supervised:"', r"(\d+) tokens, of which supervised: (\d+)")
-    vocabulary, rank = found("has rank", r"each of ([\d,]+) tokens.*rank (\d+)")
-    (loss,) = found("theirs = ", r"loss ([\d.]+);")
-    inside, positions = found("theirs = ", r"positions in the head: (\d+) of (\d+)")
-    (perplexity,) = found("theirs = ", r"exp\(loss\): (\d+)")
-    before, after = found("topics with no answer seen", r"right before (\d+), after (\d+)")
-    (unseen,) = found("topics with no answer seen", r"training: (\d+) questions")
-    lost, asked = found("lost = [", r"(\d+) of \d+ lost, .* JSON: (\d+)")
-    steps, supervised = found("steps=STEPS,", r"(\d+) steps, .* \(([\d,]+) supervised\)")
-    (train,) = found("things = {}", r"train (\d+) questions")
-    (test,) = found("things = {}", r"test (\d+) questions")
-    assert int(asked) == 0, "the slide says that none was wrapped in JSON"
-    assert supervised
+def stated_on_day1():
+    """Statements with the notebook's own numbers, and the begin of the title of the slide on which each must stand."""
+    tokens, trained = found(NOTEBOOK1, '"tokens, of which supervised:"', r"(\d+) tokens, of which supervised: (\d+)")
+    vocabulary, rank = found(NOTEBOOK1, "has rank", r"each of ([\d,]+) tokens.*rank (\d+)")
+    (loss,) = found(NOTEBOOK1, "theirs = ", r"loss ([\d.]+);")
+    inside, positions = found(NOTEBOOK1, "theirs = ", r"positions in the head: (\d+) of (\d+)")
+    (perplexity,) = found(NOTEBOOK1, "theirs = ", r"exp\(loss\): (\d+)")
+    before, after = found(NOTEBOOK1, "topics with no answer seen", r"right before (\d+), after (\d+)")
+    (unseen,) = found(NOTEBOOK1, "topics with no answer seen", r"training: (\d+) questions")
+    lost, wrapped = found(NOTEBOOK1, "lost = [", r"(\d+) of \d+ lost, .* JSON: (\d+)")
+    (steps,) = found(NOTEBOOK1, "steps=STEPS,", r"(\d+) steps")
+    (train,) = found(NOTEBOOK1, "things = {}", r"train (\d+) questions")
+    (test,) = found(NOTEBOOK1, "things = {}", r"test (\d+) questions")
+    assert int(wrapped) == 0, "the slide says that none was wrapped in JSON"
     return {
         f"{trained} of {tokens} tokens": "Only the answer",
         f'each of {vocabulary} tokens; " blue" has rank {rank}': "A model is a distribution",
@@ -169,28 +199,105 @@ def stated_numbers():
     }
 
 
-@pytest.mark.parametrize(("statement", "title"), stated_numbers().items())
-def test_numbers_on_slides_are_those_the_notebook_printed(statement, title):
-    (slide,) = (slide for slide in slides_of(DAY1) if f"# {title}" in slide)
-    assert statement in visible(slide), STALE
-
-
-def test_numbers_in_notes_are_those_of_the_headline():
-    (note,) = (notes_of(slide)[0] for slide in slides_of(DAY1) if "# The form: from never to nearly always" in slide)
-    result = figures.headline(NOTEBOOK)
+def said_on_day1():
+    """The same for what stands in the notes."""
+    result = day1.headline(NOTEBOOK1)
     assert list(result) == ["valid JSON", "right topic", "right answer", "retention"]
-    for statement in (
+    statements = (
         "from {} to {} percent: that is the new behaviour".format(*result["valid JSON"]),
         f"right topic follows, {result['right topic'][1]} percent",
         "rises from {} to {} percent".format(*result["right answer"]),
         "retention falls from {} to {}".format(*result["retention"]),
+    )
+    return dict.fromkeys(statements, "The form: from never to nearly always")
+
+
+def mean_percent(runs):
+    return round(statistics.mean(day2.percents(runs)))
+
+
+def stated_on_day2():
+    w0, trained = found(NOTEBOOK2, "lora.LoRALinear(nn.Linear(200, 500)", r"W0 alone: ([\d,]+) weights; ([\d,]+) of")
+    (kilobytes,) = found(NOTEBOOK2, '"one adapter:"', r"one adapter: (\d+ kB)")
+    count = 'for name, model, targets, rank in (("LLaMA-7B"'
+    counted = {name: found(NOTEBOOK2, count, rf"{name}, .*: ([\d,]+) \+ ([\d,]+) =") for name in ("LLaMA-7B", "Falcon-7B")}
+    (times,) = found(NOTEBOOK2, "GPT3_LAYERS, GPT3_WIDTH", r"350 GB / 36 MiB = ([\d,]+)")
+    gpt3 = next(row for row in drawing.table_rows(NOTEBOOK2, "GPT3_LAYERS, GPT3_WIDTH") if row["r"] == "4")
+    throughput, less = found(NOTEBOOK2, "43.1 / 32.5", r"throughput \+([\d.]+)%, time -([\d.]+)%")
+    adapter, model = found(NOTEBOOK2, '"adapter on disk:', r"adapter on disk: ([\d.]+ MB); the model: (\d+ MB)")
+    *_, weights = day2.result_rows(NOTEBOOK2)
+    full, lora = (int(weights[column].replace(",", "")) for column in ("Day 1: all weights", "today: LoRA"))
+    scaled = mean_percent(day2.effect("scaling")["r=64, alpha 8 / r"])
+    energy = round(100 * day2.updates()["tiny"][8]["energy"])
+    return {
+        f"Eight directions: {energy} % for tiny, {day2.random_energy(8):.0f} % of a random matrix": "A few directions",
+        f"{trained} numbers instead of {w0}": "Freeze the matrix",
+        f"One adapter of tiny: {kilobytes}": "Ours computes",
+        f"| LLaMA-7B | q, v | 8 | {counted['LLaMA-7B'][1]} | {counted['LLaMA-7B'][0]} |": "Count before",
+        f"| Falcon-7B | query_key_value | 32 | {counted['Falcon-7B'][1]} | {counted['Falcon-7B'][0]} |": "Count before",
+        f"| GPT-3 | {gpt3['GPT-3 175B']} | 4 | 175 billion | {gpt3['trained']} | {gpt3['file in fp16']} |": "Count before",
+        f"350 GB, {times} times": "Count before",
+        f"rank 64 reaches {scaled} % at 0.005": "Each rank has",
+        f"{100 * lora / full:.1f} % of the weights learn the form": "1.8 %",
+        f"On disk: {adapter} for the adapter, {model} for the model": "Merged",
+        f"{throughput} % more throughput, {less} % less time": "Four sentences",
+    }
+
+
+def said_on_day2():
+    best = {rank: mean_percent(runs) for rank, (_, runs) in day2.best_rates().items()}
+    too_fast = mean_percent(day2.effect("rank and rate")["r=64, 0.005"])
+    full, lora = found(NOTEBOOK2, "before activations;", r"'full fine-tuning': '([\d.]+) GB', 'LoRA': '([\d.]+) GB'")
+    (seconds,) = found(NOTEBOOK2, '"· right topic", evaluation.percent(', r"weights trained in (\d+) s")
+    apart, fused = found(NOTEBOOK2, "fusion.train_fused(together", r"one after the other ([\d.]+) s, fused ([\d.]+) s")
+    blends = {row["weights"]: row for row in drawing.table_rows(NOTEBOOK2, "for opening, close in (")}
+    half, both = blends["0.5 / 0.5"], blends["1 / 1"]
+    return {
+        f"it falls apart, {too_fast} percent": "Each rank has",
+        f"all four lie between {min(best.values())} and {max(best.values())}": "Each rank has",
+        f"take {lora} gigabytes instead of {full}": "1.8 %",
+        f"the run took {seconds} seconds": "1.8 %",
+        f"rank one reaches {best[1]} percent and rank sixteen {best[16]}": "How large",
+        f"the close survives in {half['closes']} of {half['of']} replies, the opening in {half['opens']}": "Adapters can be mixed",
+        f"both ornaments in {both['both']} of {both['of']}": "Adapters can be mixed",
+        f"{apart} seconds one after the other, {fused} fused": "Four jobs",
+    }
+
+
+@pytest.mark.parametrize(("deck", "stated"), [(DAY1, stated_on_day1), (DAY2, stated_on_day2)], ids=["day1", "day2"])
+def test_numbers_on_slides_are_those_the_notebook_printed(deck, stated):
+    missing = [statement for statement, title in stated().items() if statement not in visible(slide_called(deck, title))]
+    assert not missing, STALE
+
+
+@pytest.mark.parametrize(("deck", "said"), [(DAY1, said_on_day1), (DAY2, said_on_day2)], ids=["day1", "day2"])
+def test_numbers_in_notes_are_those_the_notebook_printed(deck, said):
+    missing = [statement for statement, title in said().items() if statement not in notes_of(slide_called(deck, title))[0]]
+    assert not missing, STALE
+
+
+def test_what_the_notebook_found_true_is_what_day_2_says():
+    for fragment, pattern in (
+        ("losses = [training.supervised_loss(model, batch)", "difference of the losses below 1e-6: True"),
+        ("library = theirs.get_submodule", "gradients equal to 1e-6: True"),
+        ("merged = lora.merged_copy(base.model)", "logit below 1e-3: True"),
+        ("fusion.train_fused(together", "losses equal to 1e-4: True"),
     ):
-        assert statement in note, f"{statement}: {STALE}"
+        assert re.search(pattern, drawing.printed(NOTEBOOK2, fragment)), fragment
+    known = day2.percents(day2.effect("vocabulary")["LoRA r=16 and embeddings, 0.005"])
+    assert (known.count(100), len(known)) == (2, 3), "the note says: every word in two of three seeds"
+
+
+def test_sizes_of_adapter_files_follow_from_their_weights():
+    rows = re.findall(r"\| ([\d,]+) \| (\d+) MiB \|", slide_called(DAY2, "Count before"))
+    assert len(rows) == 3
+    for trained, size in rows:
+        assert 2 * int(trained.replace(",", "")) == int(size) * 2**20
 
 
 def test_replies_on_the_forgetting_slide_are_the_notebooks():
-    rows = {row["question"]: row for row in figures.table_rows(NOTEBOOK, "lost = [")}
-    (slide,) = (slide for slide in slides_of(DAY1) if "# What was forgotten" in slide)
+    rows = {row["question"]: row for row in drawing.table_rows(NOTEBOOK1, "lost = [")}
+    slide = slide_called(DAY1, "What was forgotten")
     shown = [line.strip("| ").split(" | ") for line in slide.splitlines() if line.startswith("|")][2:]
     assert len(shown) == 3
     for question, before, after in shown:
@@ -211,15 +318,20 @@ def test_alpacas_steps_follow_from_its_data():
     assert "| optimizer steps | 1,221 | 32 |" in DAY1
 
 
-def test_the_teaching_guide_plans_the_minutes_of_the_deck():
+def test_the_teaching_guide_plans_the_minutes_of_the_deck(day, deck):
     guide = (SLIDES / "TEACHING.md").read_text(encoding="utf-8")
-    minutes = [int(found) for found in re.findall(r"^\[(\d+) min\]", DAY1, re.M)]
-    rows = re.findall(r"^\| (\d+)–(\d+) \| .* \| (\d+)–(\d+) \|$", guide, re.M)
+    (section,) = re.findall(rf"^## Day {day.NAME[3]}\b.*?(?=^## |\Z)", guide, re.M | re.S)
+    minutes = [int(found) for found in re.findall(r"^\[(\d+) min\]", deck, re.M)]
+    rows = re.findall(r"^\| (\d+)–(\d+) \| .* \| (\d+)–(\d+) \|$", section, re.M)
     plan = [[int(cell) for cell in row] for row in rows]
     assert (plan[0][0], plan[0][2], plan[-1][3]) == (0, 1, len(minutes))
     for start, end, first, last in plan:
         assert start == sum(minutes[: first - 1]), f"slide {first} begins at minute {sum(minutes[: first - 1])}"
         assert end == sum(minutes[:last]), f"slide {last} ends at minute {sum(minutes[:last])}"
+
+
+def test_the_teaching_guide_points_at_files_that_exist():
+    guide = (SLIDES / "TEACHING.md").read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", guide):
         assert (SLIDES / target).exists(), target
 

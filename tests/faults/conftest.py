@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 HEADER = ("fault", "what was done", "what was said", "lost")
+ROOT = Path(__file__).parents[2]
 LIBRARIES = ("torch", "transformers", "datasets", "safetensors")
 Survived = Callable[[str | Exception, Collection[object]], None]
 
@@ -48,9 +49,15 @@ def survived(request: pytest.FixtureRequest) -> Survived:
 
 
 def _without_this_machine(line: str) -> str:
-    """The line without temporary folders, ports and the bars that would end a table's cell."""
+    """The line without temporary folders, the checkout's place, ports and the bars that would end a table's cell."""
+    line = line.replace(f"{ROOT}/", "")
     line = re.sub(re.escape(tempfile.gettempdir()) + r"(/pytest-of-[^/\s]+/pytest-\d+(/popen-gw\d+)?/[^/\s:;,)]+)?", "…", line)
     return re.sub(r"(127\.0\.0\.1):\d+", r"\1:PORT", line).replace("|", "\\|").strip()
+
+
+def _place(number: str) -> tuple[bool, list[int]]:
+    """Where a number stands: "F9", "F10", ..., then those of the days, "D2.9", "D2.10"."""
+    return number.startswith("D"), [int(part) for part in re.findall(r"\d+", number)]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -59,7 +66,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     reports = terminalreporter.stats.get("passed", [])
     rows = {tuple(value) for report in reports for name, value in report.user_properties if name == "fault"}
-    rows = sorted(rows, key=lambda row: (int(row[0].removeprefix("F")), row))
+    rows = sorted(rows, key=lambda row: (_place(row[0]), row))
     lines = ["| " + " | ".join(row) + " |" for row in (HEADER, ["---"] * len(HEADER), *rows)]
     failed = len(terminalreporter.stats.get("failed", [])) + len(terminalreporter.stats.get("error", []))
     terminalreporter.write_line("\n".join(["", *lines, "", f"{len(rows)} faults survived, {failed} tests failed"]))

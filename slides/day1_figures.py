@@ -1,0 +1,259 @@
+"""The figures of Day 1, and its part of the table of the week."""
+
+import html
+import re
+from collections.abc import Callable
+
+from drawing import (
+    MASKED,
+    MUTED,
+    TRAINED,
+    Notebook,
+    Row,
+    arrow,
+    box,
+    canvas,
+    picture,
+    printed,
+    shown,
+    table_rows,
+    week_rows,
+    widened,
+)
+from matplotlib.axes import Axes
+
+from course_lib import memory, plots
+from course_lib.plots import ACCENT, GOOD, INK, PALE
+
+NAME = "day1_alpaca"
+LLAMA_65B = 65_285_660_672
+Piece = tuple[str, bool]  # the text of a token, and whether it is trained
+
+
+def figures(notebook: Notebook) -> dict[str, Callable[[], Axes | bytes]]:
+    """What draws each figure of the day. Two whose numbers the notebook does not print are its own pictures, as they are."""
+    pieces = mask_pieces(notebook)
+    return {
+        "next_tokens": lambda: picture(notebook, "plots.plot_next_tokens("),
+        "loss": lambda: picture(notebook, "plots.plot_loss("),
+        "history": draw_history,
+        "self_instruct": draw_self_instruct,
+        "mask": lambda: draw_mask(pieces),
+        "shift": lambda: draw_shift(pieces),
+        "padding": lambda: draw_padding(notebook),
+        "border": draw_border,
+        "bills": draw_bills,
+        "before_after": lambda: draw_before_after(notebook),
+        "topics": lambda: draw_topics(notebook),
+    }
+
+
+def tables(notebook: Notebook) -> list[list[Row]]:
+    """The tables of the deck that are measured."""
+    return [week_rows("untouched|full fine-tuning")]
+
+
+def mask_pieces(notebook: Notebook) -> list[Piece]:
+    """The tokens of the example that the notebook shows with show_mask."""
+    spans = re.findall(r'<span style="background:(#\w+)[^"]*">(.*?)</span>', shown(notebook, "batching.show_mask(", "text/html"))
+    texts = (html.unescape(text.replace("<br>", "\n")).replace("\N{NO-BREAK SPACE}", " ") for _, text in spans)
+    return [(text, color == TRAINED) for text, (color, _) in zip(texts, spans, strict=True)]
+
+
+def headline(notebook: Notebook) -> dict[str, tuple[int, int]]:
+    """Percentages before and after, by measure, from the cell that prints the day's result."""
+    text = printed(notebook, '"valid JSON", evaluation.percent(')
+    found = re.findall(r"^(\D+?) (\d+) ± \d+ %.*→ (\d+) ± \d+ %$", text, re.M)
+    return {name: (int(before), int(after)) for name, before, after in found}
+
+
+def draw_before_after(notebook: Notebook) -> Axes:
+    labels = {"right answer": "right answer\n(before: free form)"}
+    shares = {
+        labels.get(name, name): {"before": before / 100, "after": after / 100}
+        for name, (before, after) in headline(notebook).items()
+    }
+    return widened(plots.plot_shares(shares, ""))
+
+
+def draw_topics(notebook: Notebook) -> Axes:
+    """Right answers by topic; to the left the topics none of whose answers occurs in training."""
+    rows = [row for row in table_rows(notebook, 'rows.append({"topic": "all"}') if row["topic"] != "all"]
+    rows.sort(key=lambda row: int(row["seen"]) > 0)
+    unseen = sum(row["seen"] == "0" for row in rows)
+    shares = {
+        row["topic"]: {
+            "before, anywhere in a free reply": int(row["before, free form"]) / int(row["of"]),
+            "after, as JSON": int(row["after"]) / int(row["of"]),
+        }
+        for row in rows
+    }
+    axes = widened(plots.plot_shares(shares, ""))
+    axes.axvline(unseen - 0.5, color=INK, linestyle=":", linewidth=1.5)
+    axes.text((unseen - 1) / 2, 104, "no answer occurs in training", ha="center", color=INK)
+    axes.text((unseen + len(rows) - 1) / 2, 104, "answers of other questions recur", ha="center", color=INK)
+    axes.set(ylabel="% right", ylim=(0, 116), yticks=range(0, 101, 20))
+    axes.tick_params(axis="x", labelsize=14.5)
+    return axes
+
+
+def draw_bills() -> Axes:
+    bills = {
+        name: {
+            part: size * LLAMA_65B / 1e9
+            for part, size in {
+                "weights": bill.weights,
+                "gradients": bill.gradients,
+                "Adam moments": bill.moments,
+                "other": bill.other,
+            }.items()
+        }
+        for name, bill in memory.BILLS.items()
+    }
+    axes = plots.plot_bills(bills, "")
+    for label, bill in zip(axes.texts, memory.BILLS.values(), strict=True):
+        label.set_text(f" {round(LLAMA_65B * bill.bytes_per_parameter / 1e9)}")
+    axes.set_yticks(range(len(bills)), [f"{name}: {bill.bytes_per_parameter} bytes" for name, bill in memory.BILLS.items()])
+    axes.set_xlabel("GB to train 65 billion weights")
+    axes.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.35, -0.2))
+    return widened(axes)
+
+
+def draw_history() -> Axes:
+    """What three kinds of models look at to predict the token after "The color of the sky is"."""
+    axes = canvas(11, 4.8)
+    words = "The color of the sky is".split()
+    places = [3.75 + 1.1 * index for index in range(len(words))]
+    target = 10.4
+    rows = (
+        ("n-gram", "a table over\nthe last words", 3.85),
+        ("recurrent net", "one state,\npassed along", 2.2),
+        ("attention", "every token,\nweighted", 0.55),
+    )
+    for name, about, y in rows:
+        axes.text(0.05, y + 0.42, name, color=INK, weight="bold", size=19, va="center")
+        axes.text(0.05, y - 0.12, about, color=INK, va="center", linespacing=1.25)
+        seen = places[-2:] if name == "n-gram" else places
+        for word, x in zip(words, places, strict=True):
+            style = {} if x in seen else {"color": "#8d99a6"}
+            box(axes, x, y, 0.95, 0.5, word, TRAINED if x in seen else MASKED, **style)
+        box(axes, target, y, 0.6, 0.5, "?", ACCENT, color="white", weight="bold")
+        if name == "recurrent net":
+            for left, right in zip(places, [*places[1:], target], strict=True):
+                start, end = (left + 0.48, y), (right - (0.3 if right == target else 0.48), y)
+                arrow(axes, start, end, GOOD)
+        else:
+            for x in seen:
+                arrow(axes, (x, y + 0.26), (target - 0.1, y + 0.26), GOOD, bend=-0.5 * (target - x) ** -0.62)
+    return axes
+
+
+def draw_self_instruct() -> Axes:
+    axes = canvas(11, 4.5)
+    box(axes, 1.3, 3.4, 2.3, 1.1, "175 seed tasks,\nby people", TRAINED)
+    box(axes, 4.5, 3.4, 2.2, 1.1, "pool of tasks", PALE)
+    box(axes, 8.9, 3.4, 3.6, 1.1, "a large model writes\nnew tasks and answers", TRAINED)
+    box(axes, 6.7, 1.1, 4.0, 1.1, "keep what is new:\nROUGE-L below 0.7 to all", PALE)
+    box(axes, 1.75, 1.1, 3.2, 1.1, "fine-tune\nthe small model", ACCENT, color="white", weight="bold")
+    arrow(axes, (2.45, 3.4), (3.38, 3.4))
+    arrow(axes, (5.62, 3.4), (7.08, 3.4))
+    axes.text(6.33, 3.62, "examples", ha="center", va="bottom", color=INK)
+    arrow(axes, (8.2, 2.83), (7.6, 1.67))
+    arrow(axes, (5.8, 1.67), (4.85, 2.83))
+    arrow(axes, (3.95, 2.83), (2.75, 1.67))
+    return axes
+
+
+def draw_mask(pieces: list[Piece], columns: int = 74) -> Axes:
+    """The example as the notebook shows it: trained tokens green, the others grey."""
+    lines: list[list[Piece]] = [[]]
+    for text, trained in pieces:
+        if sum(len(piece) for piece, _ in lines[-1]) + len(text.rstrip("\n")) > columns:
+            lines.append([])
+        lines[-1].append((text.rstrip("\n"), trained))
+        if text.endswith("\n"):
+            lines.append([])
+    advance, step = 10.9 / columns, 0.56
+    axes = canvas(11, step * len(lines) + 0.1)
+    size = advance * 72 / 0.602  # DejaVu Sans Mono is 0.602 em wide
+    for row, line in enumerate(lines):
+        x, y = 0.05, step * (len(lines) - row - 0.5) + 0.05
+        for text, trained in line:
+            width = advance * len(text)
+            style = {"family": "DejaVu Sans Mono", "size": size, "color": "#081c15" if trained else MUTED}
+            box(axes, x + width / 2, y, width - 0.03, 0.44, text, TRAINED if trained else MASKED, **style)
+            x += width
+    return axes
+
+
+def draw_shift(pieces: list[Piece]) -> Axes:
+    """The end of the prompt, the begin and the end of the answer: what is read, and what is asked for at that place."""
+    first = next(index for index, (_, trained) in enumerate(pieces) if trained)
+    middle, last = range(first - 2, first + 3), range(len(pieces) - 3, len(pieces))
+    columns = [*middle, None, *last]
+    axes = canvas(11, 3.4)
+    xs = [2.1 + 1.045 * place for place in range(len(columns))]
+    axes.text(0.05, 2.75, "reads", color=INK, weight="bold", va="center")
+    axes.text(0.05, 0.95, "predicts", color=INK, weight="bold", va="center")
+    for x, index in zip(xs, columns, strict=True):
+        if index is None:
+            for y in (2.75, 0.95):
+                axes.text(x, y, "…", ha="center", va="center", color=INK)
+            continue
+        token_box(axes, x, 2.75, pieces[index])
+        if index + 1 == len(pieces):
+            axes.text(x, 0.95, "(the end)", ha="center", va="center", color=MUTED, size=14)
+            continue
+        token_box(axes, x, 0.95, pieces[index + 1])
+        counts = pieces[index + 1][1]
+        arrow(axes, (x, 2.4), (x, 1.3), GOOD if counts else MUTED)
+        axes.text(x, 0.35, "counts" if counts else "ignored", ha="center", va="center", size=15, color=GOOD if counts else MUTED)
+    return axes
+
+
+def draw_padding(notebook: Notebook) -> Axes:
+    """A row that is padded with EOS, masked in the two ways, and how many EOS labels the notebook counts in its four rows."""
+    found = re.findall(r"EOS labels in (\d+) rows, masked by (position|token id): (\d+)", printed(notebook, "by_id = "))
+    axes = canvas(11, 4.2)
+    for x, text in ((4.35, "the row's own tokens"), (7.65, "padding")):
+        axes.text(x, 3.9, text, ha="center", va="center", color=INK)
+    for (rows, way, left), y in zip(found, (2.75, 1.0), strict=True):
+        kept = int(left) > 0
+        axes.text(0.05, y + 0.22, "masked by", color=INK, va="center")
+        axes.text(0.05, y - 0.22, way, color=INK, weight="bold", va="center")
+        pieces = [("prompt", False), ("answer", True), ("EOS", kept), ("EOS", False), ("EOS", False), ("EOS", False)]
+        for (text, trained), x in zip(pieces, (2.85, 4.35, 5.6, 6.65, 7.65, 8.65), strict=True):
+            width = 1.4 if x < 5 else 0.94
+            box(axes, x, y, width, 0.7, text, TRAINED if trained else MASKED, color=INK if trained else MUTED)
+        axes.text(9.35, y + 0.22, f"{left} EOS labels", color=GOOD if kept else ACCENT, weight="bold", va="center")
+        axes.text(9.35, y - 0.22, f"in {rows} rows", color=INK, va="center")
+    axes.text(5.6, 0.3, "never trained", ha="center", va="center", color=ACCENT)
+    return axes
+
+
+def draw_border() -> Axes:
+    """The end of the prompt and the begin of an answer that opens with a quote, tokenised as one text and apart."""
+    axes = canvas(11, 3.7)
+    mono = {"family": "DejaVu Sans Mono", "size": 20}
+    for y, name, about in (
+        (2.7, "as one text", "colon and quote\nare one token"),
+        (0.9, "apart", "as in use: the prompt\nends at the colon"),
+    ):
+        axes.text(0.05, y + 0.42, name, color=INK, weight="bold", size=19, va="center")
+        axes.text(0.05, y + 0.15, about, color=INK, va="top", linespacing=1.25)
+        box(axes, 4.5, y, 1.1, 0.8, "###", MASKED, **mono)
+        box(axes, 6.1, y, 1.9, 0.8, "Response", MASKED, **mono)
+        if name == "apart":
+            box(axes, 7.5, y, 0.7, 0.8, ":", MASKED, **mono)
+            box(axes, 8.5, y, 0.7, 0.8, '"', TRAINED, **mono)
+            axes.plot([8.0, 8.0], [y - 0.65, y + 0.65], color=INK, linestyle=":", linewidth=2)
+        else:
+            box(axes, 8.0, y, 1.7, 0.8, ':"', ACCENT, **mono | {"color": "white"})
+        box(axes, 9.85, y, 1.8, 0.8, "answer …", TRAINED)
+    return axes
+
+
+def token_box(axes: Axes, x: float, y: float, piece: Piece) -> None:
+    text, trained = piece
+    text = "EOS" if text.startswith("<|") else text.strip()
+    box(axes, x, y, 0.99, 0.62, text, TRAINED if trained else MASKED, family="DejaVu Sans Mono", size=14)
