@@ -10,6 +10,7 @@ spread over seeds does not contain the chance in the choice of the test question
 
 import gc
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -226,6 +227,20 @@ def spread(values: Sequence[float], digits: str) -> str:
     """
     mean = format(statistics.mean(values), digits)
     return f"{mean} ± {format(statistics.stdev(values), digits)}" if len(values) > 1 else mean
+
+
+def learned_and_kept(outcomes: Sequence[Outcome]) -> dict[str, list[tuple[float, float]]]:
+    """Response loss and retention in percent of every trained run, by method; of its name a learning rate at the end is left out.
+
+    >>> learned_and_kept([Outcome("LoRA, 0.001", 0, 8, {"response loss": 0.2, "retention": 0.9}, 2.0, 10**9)])
+    {'LoRA': [(0.2, 90.0)]}
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
+    for outcome in outcomes:
+        if outcome.trained:
+            method = re.sub(r", [\d.e-]+$", "", outcome.method)
+            points.setdefault(method, []).append((outcome.scores["response loss"], 100 * outcome.scores["retention"]))
+    return points
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

@@ -275,11 +275,7 @@ def draw_bars(values: Mapping[str, Sequence[float]], colors: Sequence[str], xlab
 def draw_forgetting() -> Axes:
     """Every run of the task of the week: what it learned, and what it kept."""
     week = [outcome for outcome in experiments.read_outcomes() if re.fullmatch(WEEK, outcome.method)]
-    points: dict[str, list[tuple[float, float]]] = {}
-    for outcome in [*week, *experiments.read_effect("forgetting", experiments.LORA_FILE)]:
-        if outcome.trained:
-            group = "LoRA" if "LoRA" in outcome.method else "full fine-tuning" if "full" in outcome.method else "last eight blocks"
-            points.setdefault(group, []).append((outcome.scores["response loss"], 100 * outcome.scores["retention"]))
+    points = experiments.learned_and_kept([*week, *experiments.read_effect("forgetting", experiments.LORA_FILE)])
     axes = widened(plots.plot_points(points, "", "response loss on the task (nats): left is better", "% retained"))
     axes.grid(color=PALE)
     return axes

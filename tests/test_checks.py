@@ -267,7 +267,7 @@ def test_the_difference_is_drawn_in_columns():
 
 
 def test_tensors_within_a_list_are_named_by_their_shape():
-    message = run("E2.6", lambda weight, adapters, shares: weight).message
+    message = run("E2.7", lambda weight, adapters, shares: weight).message
     adapters = "[(<tensor 2 x 4>, <tensor 3 x 2>, 6), (<tensor 2 x 4>, <tensor 3 x 2>, 6)]"
     assert message.splitlines()[1] == f"  <lambda>(<tensor 3 x 4>, {adapters}, [0.5, 0.25])"
 

@@ -511,6 +511,28 @@ WRONG = {
             return a.grad, b.grad""",
     },
     "E2.5": {
+        "more than the budget: round down": "return math.ceil(budget / sum(sum(shape) for shape in shapes))",
+        "you count the A's alone": "return min(budget // sum(columns for _, columns in shapes), min(map(min, shapes)))",
+        "you count the B's alone": "return min(budget // sum(rows for rows, _ in shapes), min(map(min, shapes)))",
+        "divide by what rank 1 trains": "return budget // sum(rows * columns for rows, columns in shapes)",
+        "you count the first matrix alone": "return min(budget // sum(shapes[0]), min(map(min, shapes)))",
+        "you count the last matrix alone": "return min(budget // sum(shapes[-1]), min(map(min, shapes)))",
+        "rank 53 is above the smallest side of all matrices, 4": "return budget // sum(sum(shape) for shape in shapes)",
+        "rank 30 is above the smallest side": "return min(budget // sum(sum(shape) for shape in shapes), min(shapes[0]))",
+        "B A has no higher rank than that": "return min(budget // sum(sum(shape) for shape in shapes), min(map(max, shapes)))",
+        "trains exactly 1,050, and that is allowed": """
+            return min((budget - 1) // sum(sum(shape) for shape in shapes), min(map(min, shapes)))""",
+        "need not be a power of two": """
+            rank = min(budget // sum(sum(shape) for shape in shapes), min(map(min, shapes)))
+            return 2 ** (rank.bit_length() - 1) if rank else 0""",
+        "a rank is a whole number": "return min(budget / sum(sum(shape) for shape in shapes), min(map(min, shapes)))",
+        "not even rank 1 fits": "return max(1, min(budget // sum(sum(shape) for shape in shapes), min(map(min, shapes))))",
+        "never below 0": "return min(budget // sum(sum(shape) for shape in shapes), min(map(min, shapes))) or -1",
+        "take the largest rank that fits": """
+            rank = min(budget // sum(sum(shape) for shape in shapes), min(map(min, shapes)))
+            return rank - 1 if rank == min(map(min, shapes)) else rank""",
+    },
+    "E2.6": {
         "changes its argument `weight`": "weight += alpha / len(a) * b @ a; return weight",
         "is not scaled": "return weight + b @ a",
         "but not divided by r": "return weight + alpha * b @ a",
@@ -528,7 +550,7 @@ WRONG = {
         "RuntimeError": "return weight + alpha / len(a) * a.T @ b.T",
         "None, expected a list": "weight.clone().add_(b @ a, alpha=alpha / len(a))",
     },
-    "E2.6": {
+    "E2.7": {
         "you blend the A's and the B's apart": """
             a = sum(share * a for (a, _, _), share in zip(adapters, shares))
             b = sum(share * b for (_, b, _), share in zip(adapters, shares))
@@ -598,28 +620,6 @@ WRONG = {
             for (a, b, alpha), share in zip(adapters, shares):
                 blended = blended + share * alpha / len(a) * b @ a
             return blended""",
-    },
-    "E2.7": {
-        "more than the budget: round down": "return math.ceil(budget / sum(sum(shape) for shape in shapes))",
-        "you count the A's alone": "return min(budget // sum(columns for _, columns in shapes), min(map(min, shapes)))",
-        "you count the B's alone": "return min(budget // sum(rows for rows, _ in shapes), min(map(min, shapes)))",
-        "divide by what rank 1 trains": "return budget // sum(rows * columns for rows, columns in shapes)",
-        "you count the first matrix alone": "return min(budget // sum(shapes[0]), min(map(min, shapes)))",
-        "you count the last matrix alone": "return min(budget // sum(shapes[-1]), min(map(min, shapes)))",
-        "rank 53 is above the smallest side of all matrices, 4": "return budget // sum(sum(shape) for shape in shapes)",
-        "rank 30 is above the smallest side": "return min(budget // sum(sum(shape) for shape in shapes), min(shapes[0]))",
-        "B A has no higher rank than that": "return min(budget // sum(sum(shape) for shape in shapes), min(map(max, shapes)))",
-        "trains exactly 1,050, and that is allowed": """
-            return min((budget - 1) // sum(sum(shape) for shape in shapes), min(map(min, shapes)))""",
-        "need not be a power of two": """
-            rank = min(budget // sum(sum(shape) for shape in shapes), min(map(min, shapes)))
-            return 2 ** (rank.bit_length() - 1) if rank else 0""",
-        "a rank is a whole number": "return min(budget / sum(sum(shape) for shape in shapes), min(map(min, shapes)))",
-        "not even rank 1 fits": "return max(1, min(budget // sum(sum(shape) for shape in shapes), min(map(min, shapes))))",
-        "never below 0": "return min(budget // sum(sum(shape) for shape in shapes), min(map(min, shapes))) or -1",
-        "take the largest rank that fits": """
-            rank = min(budget // sum(sum(shape) for shape in shapes), min(map(min, shapes)))
-            return rank - 1 if rank == min(map(min, shapes)) else rank""",
     },
     "E2.8": {
         "every row gets the updates of all jobs": """
@@ -754,8 +754,8 @@ EQUIVALENT = {name: {} for name in EXERCISES} | {
     },
     "E2.2": {"2: rows + columns -> columns + rows": COMMUTES},
     "E2.3": {"3: x @ weight.T + scale * (x @ a.T @ b.T) -> scale * (x @ a.T @ b.T) + x @ weight.T": COMMUTES},
-    "E2.5": {"2: weight + alpha / len(a) * b @ a -> alpha / len(a) * b @ a + weight": COMMUTES},
-    "E2.7": {
+    "E2.6": {"2: weight + alpha / len(a) * b @ a -> alpha / len(a) * b @ a + weight": COMMUTES},
+    "E2.5": {
         "2: rows + columns -> columns + rows": COMMUTES,
         "3: min(budget // rank_one, min((min(shape) for shape in shapes))) -> "
         "min(min((min(shape) for shape in shapes)), budget // rank_one)": "the smaller of two numbers, in any order",

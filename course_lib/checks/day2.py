@@ -265,7 +265,61 @@ def gradients_symptom(found: list, expected: list, x: Tensor, upstream: Tensor, 
     return None
 
 
-# E2.5 Merging
+# E2.5 Equal budgets
+
+
+def largest_rank(shapes: list[Shape], budget: int) -> int:
+    fitting = (rank for rank in range(1, min(map(min, shapes)) + 1) if lora_count(shapes, rank) <= budget)
+    return max(fitting, default=0)
+
+
+def largest_rank_cases(rng: random.Random) -> Iterator[tuple]:
+    yield [(60, 20), (30, 40)], 1000
+    yield [(60, 20), (30, 40)], 1050  # exactly rank 7
+    yield [(30, 4), (30, 30)], 5000  # a side of 4 ends it
+    yield [(30, 30), (4, 30)], 5000
+    for _ in range(15):
+        shapes = [(rng.randint(3, 40), rng.randint(3, 40)) for _ in range(rng.randint(1, 4))]
+        yield shapes, rng.randint(1, 12) * lora_count(shapes, 1) + rng.choice((-1, 0, 1, 5))
+    yield [(8, 8), (8, 8)], 31  # rank 1 takes 32
+    yield [(100, 100)], 0
+
+
+def largest_rank_symptom(found: float, expected: int, shapes: list[Shape], budget: int) -> str | None:
+    rows, columns = (sum(shape[side] for shape in shapes) for side in (0, 1))
+    limit = min(map(min, shapes))
+    if found < 0:
+        return f"a rank is never below 0, found {found:g}"
+    if found != int(found):
+        return f"a rank is a whole number, found {found:.4g}: round down"
+    costs = [rank * (rows + columns) for rank in (int(found), expected, int(found) + 1)]
+    if expected == 0:
+        return f"not even rank 1 fits, it trains {rows + columns:,} weights and {budget:,} are allowed: expected 0, found {found:g}"
+    if expected == limit and found > limit and costs[0] <= budget:
+        return f"rank {found:g} is above the smallest side of all matrices, {limit}: B A has no higher rank than that"
+    named = _named(
+        found,
+        (
+            (budget // columns, "you count the A's alone: B is trained, too"),
+            (budget // rows, "you count the B's alone: A is trained, too"),
+            (budget // sum(out * into for out, into in shapes), "you divide by the frozen weights: divide by what rank 1 trains"),
+            (budget // sum(shapes[0]), "you count the first matrix alone: the budget is for all of them"),
+            (budget // sum(shapes[-1]), "you count the last matrix alone: the budget is for all of them"),
+        ),
+    )
+    spent = f"rank {found:g} trains {costs[0]:,} weights of {budget:,}"
+    if named and costs[0] > budget:
+        return f"{spent}: {named}"
+    if costs[0] > budget:
+        return f"{spent}, more than the budget: round down"
+    if costs[2] == budget:
+        return f"{spent}, rank {found + 1:g} trains exactly {costs[2]:,}, and that is allowed"
+    if found == 2 ** (expected.bit_length() - 1):
+        return f"{spent}: a rank need not be a power of two, rank {expected} fits, too"
+    return f"{spent}, rank {expected} trains {costs[1]:,}: {named or 'take the largest rank that fits'}"
+
+
+# E2.6 Merging
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
@@ -302,7 +356,7 @@ def merge_symptom(found: list, expected: list, weight: Tensor, a: Tensor, b: Ten
     return _wrong_scale(torch.tensor(found) - weight, product, alpha, rank)
 
 
-# E2.6 Blending
+# E2.7 Blending
 
 
 def blend(weight: Tensor, adapters: list[Adapter], shares: list[float]) -> Tensor:
@@ -373,60 +427,6 @@ def blend_symptom(found: list, expected: list, weight: Tensor, adapters: list[Ad
     return wrong or _named(found, ((weight + torch.tensordot(factors, products, 1), sentence) for factors, sentence in mistakes))
 
 
-# E2.7 Equal budgets
-
-
-def largest_rank(shapes: list[Shape], budget: int) -> int:
-    fitting = (rank for rank in range(1, min(map(min, shapes)) + 1) if lora_count(shapes, rank) <= budget)
-    return max(fitting, default=0)
-
-
-def largest_rank_cases(rng: random.Random) -> Iterator[tuple]:
-    yield [(60, 20), (30, 40)], 1000
-    yield [(60, 20), (30, 40)], 1050  # exactly rank 7
-    yield [(30, 4), (30, 30)], 5000  # a side of 4 ends it
-    yield [(30, 30), (4, 30)], 5000
-    for _ in range(15):
-        shapes = [(rng.randint(3, 40), rng.randint(3, 40)) for _ in range(rng.randint(1, 4))]
-        yield shapes, rng.randint(1, 12) * lora_count(shapes, 1) + rng.choice((-1, 0, 1, 5))
-    yield [(8, 8), (8, 8)], 31  # rank 1 takes 32
-    yield [(100, 100)], 0
-
-
-def largest_rank_symptom(found: float, expected: int, shapes: list[Shape], budget: int) -> str | None:
-    rows, columns = (sum(shape[side] for shape in shapes) for side in (0, 1))
-    limit = min(map(min, shapes))
-    if found < 0:
-        return f"a rank is never below 0, found {found:g}"
-    if found != int(found):
-        return f"a rank is a whole number, found {found:.4g}: round down"
-    costs = [rank * (rows + columns) for rank in (int(found), expected, int(found) + 1)]
-    if expected == 0:
-        return f"not even rank 1 fits, it trains {rows + columns:,} weights and {budget:,} are allowed: expected 0, found {found:g}"
-    if expected == limit and found > limit and costs[0] <= budget:
-        return f"rank {found:g} is above the smallest side of all matrices, {limit}: B A has no higher rank than that"
-    named = _named(
-        found,
-        (
-            (budget // columns, "you count the A's alone: B is trained, too"),
-            (budget // rows, "you count the B's alone: A is trained, too"),
-            (budget // sum(out * into for out, into in shapes), "you divide by the frozen weights: divide by what rank 1 trains"),
-            (budget // sum(shapes[0]), "you count the first matrix alone: the budget is for all of them"),
-            (budget // sum(shapes[-1]), "you count the last matrix alone: the budget is for all of them"),
-        ),
-    )
-    spent = f"rank {found:g} trains {costs[0]:,} weights of {budget:,}"
-    if named and costs[0] > budget:
-        return f"{spent}: {named}"
-    if costs[0] > budget:
-        return f"{spent}, more than the budget: round down"
-    if costs[2] == budget:
-        return f"{spent}, rank {found + 1:g} trains exactly {costs[2]:,}, and that is allowed"
-    if found == 2 ** (expected.bit_length() - 1):
-        return f"{spent}: a rank need not be a power of two, rank {expected} fits, too"
-    return f"{spent}, rank {expected} trains {costs[1]:,}: {named or 'take the largest rank that fits'}"
-
-
 # E2.8 Batch fusion
 
 
@@ -493,8 +493,8 @@ EXERCISES = {
     "E2.2": Exercise(lora_count, lora_count_cases, lora_count_symptom),
     "E2.3": Exercise(lora, lora_cases, lora_symptom),
     "E2.4": Exercise(gradients, gradients_cases, gradients_symptom),
-    "E2.5": Exercise(merge, merge_cases, merge_symptom),
-    "E2.6": Exercise(blend, blend_cases, blend_symptom),
-    "E2.7": Exercise(largest_rank, largest_rank_cases, largest_rank_symptom),
+    "E2.5": Exercise(largest_rank, largest_rank_cases, largest_rank_symptom),
+    "E2.6": Exercise(merge, merge_cases, merge_symptom),
+    "E2.7": Exercise(blend, blend_cases, blend_symptom),
     "E2.8": Exercise(fused, fused_cases, fused_symptom),
 }

@@ -1,6 +1,6 @@
 """Measure what Day 2 says about LoRA, three seeds each; the notebook reads it and trains two of these runs again.
 
-    python data/recipes/measure_lora.py              # all, about 75 minutes on two CPU cores
+    python data/recipes/measure_lora.py              # all, about 85 minutes on two CPU cores
     python data/recipes/measure_lora.py scaling      # one effect, the others are kept
 
 Writes data/lora_effects.json: the outcomes by effect. Learning rates stand in the names where they differ.
@@ -126,10 +126,10 @@ def rank_of_the_week(machine: Machine) -> list[Outcome]:
 
 
 def forgetting(machine: Machine) -> list[Outcome]:
-    """Further learning rates on the task of the week: what is lost, at which loss?"""
-    return compare(
-        [Method("full fine-tuning, 5e-05", 5e-5), Method("LoRA r=8, 0.001", 1e-3, adapted(8))], week_experiment(), machine
-    )
+    """Learning rates around those of the table of the week: what is lost, at which loss?"""
+    methods = [Method(f"full fine-tuning, {rate:g}", rate) for rate in (5e-5, 2e-4)]
+    methods += [Method(f"LoRA r=8, all linear layers, {rate:g}", rate, adapted(8)) for rate in (1e-3, 5e-3)]
+    return compare(methods, week_experiment(), machine)
 
 
 EFFECTS: dict[str, Callable[[Machine], list[Outcome]]] = {
