@@ -405,6 +405,6 @@ def test_the_datasheet_shows_the_table_of_the_week():
     outcomes = read_outcomes()
     rows = summary(outcomes)
     assert markdown(rows) in (DATA / "README.md").read_text(encoding="utf-8")
-    assert [row["seeds"] for row in rows] == [1, 3, 3]
+    assert [row["seeds"] for row in rows] == [1] + [3] * (len(rows) - 1)
     assert outcomes[0].scores["valid JSON"] == 0
     assert outcomes[0].scores["retention"] == 1, "the retention questions are those that the untouched model answers"
