@@ -14,7 +14,7 @@ Arrows point one way, from top to leaf. Importing `course_lib` imports nothing h
 | middle | `models`     | the base models by name, where each comes from, fallbacks                   |
 | middle | `batching`   | tokenize, mask the prompt, pad, pack; `show_mask`                           |
 | middle | `vocabulary` | new pieces for a tokenizer, new rows for the embeddings                      |
-| middle | `memory`     | bytes of weights, gradients and optimizer states                            |
+| middle | `memory`     | bytes of weights, gradients and optimizer states; of activations, counted   |
 | middle | `surgery`    | find and replace linear layers by name, default targets, count weights      |
 | middle | `lora`       | LoRA: add, switch, blend, merge; several adapters in one batch              |
 | middle | `peft_format` | adapters as files that peft reads, and the reverse                          |

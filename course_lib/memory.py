@@ -1,10 +1,16 @@
 """The memory bill of training: bytes of weights, gradients and optimizer states for each parameter.
 
 Adam keeps two moments of each weight in float32. Activations depend on batch and length and come on top; one bill in use sets
-eight bytes aside for them.
+eight bytes aside for them, and `activation_bytes` counts what a forward pass really keeps.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from course_lib.runtime import CourseError
 
@@ -63,3 +69,35 @@ def training_bytes(parameters: int, bill: str) -> int:
     if bill not in BILLS:
         raise CourseError(f"bill {bill!r} is not known, expected one of {', '.join(BILLS)}")
     return parameters * BILLS[bill].bytes_per_parameter
+
+
+def activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What `forward` returns, and the bytes of activations that autograd then holds for the backward pass.
+
+    Each piece of memory counts once, weights are left out. A checkpointed block of a transformers model keeps its inputs where
+    autograd does not show them, so the inputs of all such blocks count as well, checkpointed or not.
+    """
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held until all are counted, so that no other one gets its address
+        return tensor
+
+    def keep_inputs(block: nn.Module, unnamed: tuple, named: dict) -> None:
+        for value in (*unnamed, *named.values()):
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, Tensor):
+                    keep(part)
+
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    hooks = [block.register_forward_pre_hook(keep_inputs, with_kwargs=True) for block in blocks]
+    try:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return result, sum(storage.nbytes() for storage in kept.values())

@@ -1,8 +1,10 @@
 """Tests of course_lib.memory: the bills that papers and notes print."""
 
 import pytest
+import torch
+from torch import nn
 
-from course_lib.memory import BILLS, training_bytes
+from course_lib.memory import BILLS, activation_bytes, training_bytes
 from course_lib.runtime import CourseError
 
 
@@ -24,3 +26,25 @@ def test_a_billion_parameters_take_24_gb_and_not_80():
 def test_an_unknown_bill_lists_the_known_ones():
     with pytest.raises(CourseError, match="'fp8' is not known, expected one of bf16, fp32"):
         training_bytes(1, "fp8")
+
+
+def test_activations_are_what_the_backward_pass_needs():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    x = torch.ones(3, 4)
+    result, size = activation_bytes(model, lambda: model(x))
+    assert torch.equal(result, model(x))
+    assert size == 4 * (3 * 4 + 3 * 8), "the inputs of both layers in float32; Tanh keeps its result, which is one of them"
+    with torch.no_grad():
+        assert activation_bytes(model, lambda: model(x))[1] == 0
+
+
+def test_a_checkpointed_block_keeps_its_inputs_only(tiny):
+    model, ids = tiny.model.train(), torch.arange(3, 19)[None]
+    width, blocks = model.config.hidden_size, model.config.num_hidden_layers
+    _, whole = activation_bytes(model, lambda: model(ids).logits)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss, size = activation_bytes(model, lambda: model(ids).logits)
+    inputs = 4 * 16 * width * blocks
+    assert inputs <= size < whole / 2
+    loss.sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())

@@ -5,8 +5,8 @@ in every arm. A run is 4 steps on batches of 4 random records; tokens are real o
 and B is filled with random numbers, so that an adapter does something. peft's layers have the same A and B, from a file that the
 course wrote.
 
-Activations are what autograd holds when the forward pass ends, with the inputs of all layers, each piece of memory once and weights
-left out; in the backward pass of a checkpointed model the activations of one layer come on top.
+Activations are what autograd holds when the forward pass ends (`memory.activation_bytes`); in the backward pass of a checkpointed
+model the activations of one block come on top.
 
 Fused are four jobs on q and v, a topic of the task and a rank each (4, 8, 8 and 16), in batches of one record. Apart, each job is
 trained to its end before the next begins. A fused batch pads all records to its longest one.
@@ -21,9 +21,8 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
-from course_lib import batching, evaluation, fusion, lora, models, peft_format, runtime, training
+from course_lib import batching, evaluation, fusion, lora, memory, models, peft_format, runtime, training
 from tests.benchmarks.bench_batching import slices, steps_over
 from tests.benchmarks.bench_training import encoded, fresh
 from tests.benchmarks.measuring import Arm, interleaved
@@ -112,34 +111,11 @@ def test_lora_is_faster_than_full_fine_tuning(base, batches, row):
 
 
 def activations_and_gradients(base: models.Loaded, batch: list[batching.Example]) -> tuple[int, list[Tensor]]:
-    """Bytes of the activations that a forward pass leaves for the backward pass, and the gradients.
-
-    A checkpointed layer keeps its inputs where autograd does not show them, so the inputs of all layers are counted as well.
-    """
-    weights = {weight.untyped_storage().data_ptr() for weight in base.model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-    base.model.train()
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # kept alive, so that no other one gets its address
-        return tensor
-
-    def count_inputs(layer: nn.Module, unnamed: tuple, named: dict) -> None:
-        for given in (*unnamed, *named.values()):
-            for tensor in given if isinstance(given, tuple) else (given,):
-                if isinstance(tensor, Tensor):
-                    count(tensor)
-
-    hooks = [layer.register_forward_pre_hook(count_inputs, with_kwargs=True) for layer in base.model.model.layers]
-    with saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = training.supervised_loss(base.model, batching.collate(batch, base.tokenizer.pad_token_id))
-    for hook in hooks:
-        hook.remove()
-    total = sum(storage.nbytes() for storage in kept.values())
+    base.model.train()  # transformers checkpoints only while it trains
+    rows = batching.collate(batch, base.tokenizer.pad_token_id)
+    loss, size = memory.activation_bytes(base.model, lambda: training.supervised_loss(base.model, rows))
     trained = [weight for weight in base.model.parameters() if weight.requires_grad]
-    return total, list(torch.autograd.grad(loss, trained))
+    return size, list(torch.autograd.grad(loss, trained))
 
 
 def test_checkpointed_activations_save_memory_for_a_little_time(base, batches, row):
