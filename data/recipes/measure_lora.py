@@ -120,7 +120,7 @@ def vocabulary(machine: Machine) -> list[Outcome]:
 
 
 def rank_of_the_week(machine: Machine) -> list[Outcome]:
-    rates = {1: 5e-3, 64: 1e-3}
+    rates = {1: 1e-2, 64: 1e-3}
     methods = [Method(f"LoRA r={rank}, {rate:g}", rate, adapted(rank)) for rank, rate in rates.items()]
     return compare(methods, week_experiment(), machine)
 
