@@ -210,7 +210,7 @@ def fused_rows(model: nn.Module, rows: Mapping[str, int]) -> Iterator[None]:
     for name in rows:
         lora_layers(model, name)
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise CourseError("fused batches need activations that are not checkpointed: call model.gradient_checkpointing_disable()")
+        raise CourseError("fused batches need activations that are not checkpointed: call memory.checkpoint_blocks(model, 0)")
     layers = lora_layers(model).values()
     for layer in layers:
         layer.rows = dict(rows)

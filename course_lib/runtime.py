@@ -6,6 +6,7 @@ yes when torch asks it for bf16 and then emulates it slowly, so the dtype follow
 
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,14 +175,16 @@ def measure(device: str = "cpu") -> Iterator[Cost]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers' progress bars and advice off inside the block, for messages that do not concern the user; errors stay on."""
+    """transformers' progress bars, advice and deprecations off in the block, where they do not concern the user; errors stay on."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()

@@ -106,7 +106,7 @@ def best_rates() -> dict[int, tuple[str, list[Outcome]]]:
 
 def cut_rows() -> list[Row]:
     rows = []
-    for k in (0, 1, 2, 4, 8, 16, 128):
+    for k in (0, 1, 2, 4, 8, 128):
         row: Row = {"directions kept": k}
         for model, label in (("tiny", "tiny"), ("small", "SmolLM2")):
             scores = updates()[model][k]
@@ -117,7 +117,7 @@ def cut_rows() -> list[Row]:
 
 def result_rows(notebook: Notebook) -> list[Row]:
     """The untouched model and Day 1's on the hundred questions, as Day 1 printed them, and today's."""
-    text = printed(notebook, '"valid JSON", evaluation.percent(')
+    text = printed(notebook, 'print("retention", evaluation.percent(')
     today = dict(re.findall(r"(valid JSON|right topic|right answer|retention) (\d+) ±", text))
     rows = []
     for measure, (before, after) in headline(read_notebook("day1_alpaca")).items():
@@ -150,13 +150,11 @@ def merge_rows(notebook: Notebook) -> list[Row]:
     found = re.findall(
         r"'(base|with adapter|merged)': '(\d+ ms)'", printed(notebook, 'for name in ("base", "with adapter", "merged")')
     )
-    return [{"one forward pass": name, "median of 7": time} for name, time in found]
+    return [{"one forward pass": name, "median of 5": time} for name, time in found]
 
 
 def checkpoint_rows(notebook: Notebook) -> list[Row]:
-    text = printed(notebook, 'for name in ("all kept", "checkpointed")')
-    found = re.findall(r"'(all kept|checkpointed)': '(\d+ MB), ([\d.]+ s)'", text)
-    return [{"activations": name, "kept for the backward pass": size, "both passes": time} for name, size, time in found]
+    return table_rows(notebook, "memory.checkpoint_blocks(base.model, count)")
 
 
 # --- drawings

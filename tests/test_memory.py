@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from course_lib.memory import BILLS, activation_bytes, training_bytes
+from course_lib.memory import BILLS, activation_bytes, checkpoint_blocks, training_bytes
 from course_lib.runtime import CourseError
 
 
@@ -42,9 +42,22 @@ def test_a_checkpointed_block_keeps_its_inputs_only(tiny):
     model, ids = tiny.model.train(), torch.arange(3, 19)[None]
     width, blocks = model.config.hidden_size, model.config.num_hidden_layers
     _, whole = activation_bytes(model, lambda: model(ids).logits)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_blocks(model, blocks)
     loss, size = activation_bytes(model, lambda: model(ids).logits)
     inputs = 4 * 16 * width * blocks
     assert inputs <= size < whole / 2
     loss.sum().backward()
     assert all(weight.grad is not None for weight in model.parameters())
+    sizes = []
+    for count in range(blocks + 1):
+        checkpoint_blocks(model, count)
+        sizes.append(activation_bytes(model, lambda: model(ids).logits)[1])
+    assert sizes[0] == whole
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == len(sizes), "each block counts"
+
+
+@pytest.mark.parametrize("count", [-1, 5, 1.0, True, None])
+def test_only_blocks_that_exist_can_be_checkpointed(count, tiny):
+    with pytest.raises(CourseError, match="expected a whole number in 0..4, the model's blocks"):
+        checkpoint_blocks(tiny.model, count)

@@ -13,6 +13,8 @@ from pathlib import Path
 import matplotlib
 import pytest
 
+from course_lib import experiments
+
 ROOT = Path(__file__).parents[1]
 SLIDES = ROOT / "slides"
 DECKS = {path.stem: path.read_text(encoding="utf-8") for path in sorted(SLIDES.glob("day*.md"))}
@@ -212,8 +214,8 @@ def said_on_day1():
     return dict.fromkeys(statements, "The form: from never to nearly always")
 
 
-def mean_percent(runs):
-    return round(statistics.mean(day2.percents(runs)))
+def mean_percent(runs, measure="exact match"):
+    return round(statistics.mean(day2.percents(runs, measure)))
 
 
 def stated_on_day2():
@@ -244,15 +246,26 @@ def stated_on_day2():
     }
 
 
+def kept(runs, method):
+    return mean_percent([run for run in runs if run.method == method], "retention")
+
+
 def said_on_day2():
     best = {rank: mean_percent(runs) for rank, (_, runs) in day2.best_rates().items()}
     too_fast = mean_percent(day2.effect("rank and rate")["r=64, 0.005"])
     full, lora = found(NOTEBOOK2, "before activations;", r"'full fine-tuning': '([\d.]+) GB', 'LoRA': '([\d.]+) GB'")
-    (seconds,) = found(NOTEBOOK2, '"· right topic", evaluation.percent(', r"weights trained in (\d+) s")
+    (seconds,) = found(NOTEBOOK2, 'print("retention", evaluation.percent(', r"weights trained in (\d+) s")
     apart, fused = found(NOTEBOOK2, "fusion.train_fused(together", r"one after the other ([\d.]+) s, fused ([\d.]+) s")
     blends = {row["weights"]: row for row in drawing.table_rows(NOTEBOOK2, "for opening, close in (")}
     half, both = blends["0.5 / 0.5"], blends["1 / 1"]
+    runs = [*experiments.read_outcomes(), *experiments.read_effect("forgetting", experiments.LORA_FILE)]
+    full_kept = [kept(runs, f"full fine-tuning{rate}") for rate in (", 5e-05", "", ", 0.0002")]
+    lora_kept = [kept(runs, f"LoRA r=8, all linear layers{rate}") for rate in (", 0.001", "", ", 0.005")]
+    assert full_kept[0] == full_kept[1]
     return {
+        f"keeps {full_kept[0]} percent at the two lower rates, and {full_kept[2]} at the highest": "Does LoRA forget less?",
+        "LoRA: {}, {}, {}".format(*lora_kept): "Does LoRA forget less?",
+        f"keeps less, {lora_kept[1]} percent against {full_kept[1]}": "The table of the week",
         f"it falls apart, {too_fast} percent": "Each rank has",
         f"all four lie between {min(best.values())} and {max(best.values())}": "Each rank has",
         f"take {lora} gigabytes instead of {full}": "1.8 %",

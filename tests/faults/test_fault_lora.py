@@ -17,6 +17,7 @@ from torch import nn
 from course_lib import sealing
 from course_lib.fusion import fused_losses, train_fused
 from course_lib.lora import add_lora, merged_copy, use_adapters
+from course_lib.memory import checkpoint_blocks
 from course_lib.peft_format import CONFIG, WEIGHTS, load_adapter, save_adapter
 from course_lib.runtime import CourseError
 from tests import test_peft_format
@@ -309,6 +310,6 @@ def test_an_unknown_job_is_answered_with_the_known_ones(function, survived):
 @pytest.mark.parametrize("function", FUSED)
 def test_checkpointed_activations_are_refused(function, survived):
     model = with_jobs().train()
-    model.gradient_checkpointing_enable()
-    message = r"not checkpointed: call model.gradient_checkpointing_disable\(\)"
+    checkpoint_blocks(model, 1)
+    message = r"not checkpointed: call memory.checkpoint_blocks\(model, 0\)"
     survived(**refused(lambda: FUSED[function](model, BATCHES, PAD), model, message))
