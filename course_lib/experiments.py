@@ -134,9 +134,12 @@ def adapted(rank: int, alpha: float | None = None, targets: Targets = ALL_LINEAR
 
 
 def last_blocks(count: int) -> Prepare:
-    """Train the last blocks of the model, and nothing else."""
+    """Train the last blocks of the model, and nothing else. Raises CourseError, once it meets a model, if that has fewer."""
 
     def prepare(base: "Loaded") -> None:
+        blocks = len(base.model.model.layers)
+        if not isinstance(count, int) or not 1 <= count <= blocks:
+            raise CourseError(f"count={count!r} must be a whole number in 1..{blocks}, the blocks of {base.name}: choose one")
         base.model.requires_grad_(False)
         base.model.model.layers[-count:].requires_grad_(True)
 
@@ -232,12 +235,17 @@ def spread(values: Sequence[float], digits: str) -> str:
 def learned_and_kept(outcomes: Sequence[Outcome]) -> dict[str, list[tuple[float, float]]]:
     """Response loss and retention in percent of every trained run, by method; of its name a learning rate at the end is left out.
 
+    Raises CourseError for a run that was not scored on both.
+
     >>> learned_and_kept([Outcome("LoRA, 0.001", 0, 8, {"response loss": 0.2, "retention": 0.9}, 2.0, 10**9)])
     {'LoRA': [(0.2, 90.0)]}
     """
     points: dict[str, list[tuple[float, float]]] = {}
     for outcome in outcomes:
         if outcome.trained:
+            if not {"response loss", "retention"} <= outcome.scores.keys():
+                found = f"{outcome.method} has the scores {', '.join(outcome.scores)}"
+                raise CourseError(f"{found}, expected response loss and retention: compare on week_experiment()")
             method = re.sub(r", [\d.e-]+$", "", outcome.method)
             points.setdefault(method, []).append((outcome.scores["response loss"], 100 * outcome.scores["retention"]))
     return points

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from course_lib.batching import IGNORED, Example, collate
+from course_lib.batching import IGNORED, Example, check_ids, collate
 from course_lib.lora import fused_rows, lora_layers
 from course_lib.runtime import CourseError
-from course_lib.training import TrainingError, supervised_logits
+from course_lib.training import TrainingError, check_weights, supervised_logits
 
 Batch = Sequence[Example]
 
@@ -37,14 +37,18 @@ def schedule(jobs: Mapping[str, Sequence[Batch]], budget: int) -> list[dict[str,
     """The fused batches that train all jobs to their end, each of at most `budget` padded tokens.
 
     Into each goes the next batch of every job that still fits, longest waiting first: of n jobs none waits for more than n - 1
-    fused batches. Raises CourseError for a batch that does not fit alone.
+    fused batches. Raises CourseError for a batch that does not fit alone, or is none.
 
     >>> one, two = [Example([1], [1])], [Example([1, 2], [1, 2])]
     >>> [list(step) for step in schedule({"a": [one, one], "b": [two], "c": [one]}, budget=4)]
     [['a', 'b'], ['c', 'a']]
     """
+    if not isinstance(budget, int) or budget < 1:
+        raise CourseError(f"budget={budget!r} must be a whole number of tokens, at least 1")
     for job, batches in jobs.items():
         for number, batch in enumerate(batches, start=1):
+            if not isinstance(batch, Sequence) or not all(isinstance(example, Example) for example in batch):
+                raise CourseError(f"batch {number} of job {job!r} is no list of examples: give each job a list of such lists")
             if not batch or padded_tokens({job: batch}) > budget:
                 found = f"{padded_tokens({job: batch})} tokens with padding"
                 raise CourseError(f"batch {number} of job {job!r} has {found}, expected 1 to {budget}: raise budget, or split it")
@@ -69,7 +73,8 @@ def fused_losses(model: nn.Module, batches: Mapping[str, Batch], pad_id: int) ->
     """The loss of each job, the mean over its own supervised positions, from one forward over the rows of all.
 
     batches: name of an adapter -> its examples
-    Raises CourseError for a name that no adapter has, and TrainingError for a job without a supervised position.
+    Raises CourseError for a name that no adapter has and for a token that the model does not know, and TrainingError for a job
+    without a supervised position.
     """
     examples = [example for batch in batches.values() for example in batch]
     if not examples:
@@ -80,6 +85,7 @@ def fused_losses(model: nn.Module, batches: Mapping[str, Batch], pad_id: int) ->
     supervised = {job: int(counts.sum()) for job, counts in zip(batches, of_row, strict=True)}
     if empty := [job for job in supervised if not supervised[job]]:
         raise TrainingError(f"job {empty[0]!r} has no supervised token in its batch, so its loss is undefined: every label is -100")
+    check_ids((rows["input_ids"].min().item(), rows["input_ids"].max().item()), model)
     with fused_rows(model, {job: len(batch) for job, batch in batches.items()}):
         logits, tokens = supervised_logits(model, rows)  # (K, V) and (K,), row after row
     parts = zip(supervised, logits.split([*supervised.values()]), tokens.split([*supervised.values()]), strict=True)
@@ -92,15 +98,20 @@ def train_fused(
     """Train the adapters named in `steps` (made by `schedule`) with AdamW; returns the losses of each job, one a step of its own.
 
     One optimizer serves all: the sum of the losses gives each adapter the gradient of its own, and AdamW passes over an adapter
-    without a gradient. Raises TrainingError at a loss that is not finite, before it reaches the weights.
+    without a gradient. Raises TrainingError for steps or weights that cannot be trained, and at a loss that is not finite, before
+    it reaches the weights.
     """
+    if not isinstance(steps, Sequence) or not any(steps):
+        raise TrainingError(f"found {steps!r:.50}, expected a list of steps, at least one: schedule(jobs, budget) makes it")
     if not isinstance(learning_rate, int | float) or not 0 < learning_rate < math.inf:
         raise TrainingError(f"learning_rate={learning_rate!r} must be a number above 0, for example 1e-3")
     losses: dict[str, list[float]] = {job: [] for step in steps for job in step}
     weights = [
         weight for job in losses for layer in lora_layers(model, job).values() for weight in layer.adapters[job].parameters()
     ]
+    check_weights(model)
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
+    model.zero_grad()  # of what went before
     model.train()
     try:
         for step in steps:
@@ -116,4 +127,5 @@ def train_fused(
             optimizer.zero_grad()
     finally:
         model.eval()
+        model.zero_grad()
     return losses

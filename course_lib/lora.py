@@ -14,6 +14,7 @@ Training several at once is in `fusion`, adapters as files in `peft_format`.
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -34,10 +35,13 @@ class LowRank(nn.Module):
     ):
         super().__init__()
         self.rank, self.alpha, self.rank_stabilized = rank, alpha, rank_stabilized
-        self.scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
         self.A = nn.Parameter(torch.empty(rank, d_in, dtype=torch.float32))
         self.B = nn.Parameter(torch.zeros(d_out, rank, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
         """(..., d_in) -> (..., d_out). Never forms the d_out x d_in product, and scales where a position has only r numbers."""
@@ -68,10 +72,11 @@ class LoRALinear(LinearWrapper):
         generator: Generator | None = None,
     ):
         super().__init__()
-        self.base = base.requires_grad_(False)
+        self.base = base
         self.adapters = nn.ModuleDict()
         self.rows: dict[str, int] | None = None
         self.add(rank, alpha, name=name, rank_stabilized=rank_stabilized, generator=generator)
+        base.requires_grad_(False)
 
     def add(self, rank: int, alpha: float, *, name: str, rank_stabilized: bool = False, generator: Generator | None = None) -> None:
         """Another update, which is then the one in use. generator: for A, on the CPU; torch's global one if None."""
@@ -92,7 +97,8 @@ class LoRALinear(LinearWrapper):
     def _fused(self, x: Tensor, h: Tensor) -> Tensor:
         sizes = list(self.rows.values())
         if x.dim() < 3 or len(x) != sum(sizes):
-            raise CourseError(f"a layer got {len(x)} rows of a batch of {sum(sizes)}: this model mixes rows, train its jobs apart")
+            found = f"a layer got {len(x)} rows of a batch of {sum(sizes)}"
+            raise CourseError(f"{found}: give each row of the batch to a job; if the model mixes rows, train its jobs apart")
         parts = zip(self.rows, x.split(sizes), h.split(sizes), strict=True)
         return torch.cat([(h + self.adapters[name](x)).to(h.dtype) if name in self.adapters else h for name, x, h in parts])
 
@@ -112,8 +118,8 @@ def check_size(rank: int, alpha: float, layer: nn.Module, name: str = "") -> Non
     if type(rank) is not int or not 1 <= rank <= most:
         where = f"{name}, a {d_out} x {d_in} weight" if name else f"a {d_out} x {d_in} weight"
         raise CourseError(f"rank={rank!r} must be a whole number in 1..{most} for {where}: choose one, or leave the layer out")
-    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise CourseError(f"alpha={alpha!r} must be a number above 0: try twice the rank")
+    if not isinstance(alpha, int | float) or not 0 < alpha <= torch.finfo(torch.float32).max:
+        raise CourseError(f"alpha={alpha!r} must be a finite number above 0: try twice the rank")
 
 
 def add_lora(
@@ -129,7 +135,7 @@ def add_lora(
     """Give `model` an adapter, which is then the one in use. With the first one, all other weights freeze.
 
     targets: as in `surgery.find_layers`; None takes the `surgery.default_targets` of the model's family
-    seed: of the matrices A
+    seed: of the matrices A, from 0 to 2**64 - 1
     Raises CourseError before anything is changed.
     """
     if hasattr(model, "peft_config"):
@@ -138,12 +144,16 @@ def add_lora(
         raise CourseError(f"an adapter cannot be called {name!r}: choose another word, without dots")
     if name in adapter_names(model):
         raise CourseError(f"the model has an adapter {name!r} already: choose another name, or load the base again")
+    if type(seed) is not int or not 0 <= seed < 2**64:
+        raise CourseError(f"seed={seed!r} must be a whole number from 0 to {2**64 - 1}: choose one, such as 0")
     layers = surgery.find_layers(model, surgery.default_targets(model) if targets is None else targets)
+    shared = _shared_weights(model)
     for path, layer in layers.items():
         if isinstance(layer, LinearWrapper) and not isinstance(layer, LoRALinear):
             raise CourseError(f"{path} is a {type(layer).__name__} already: load the base again, or take it out of targets")
-        if _is_tied(layer, model):
-            raise CourseError(f"{path} shares its weight with the embeddings, which a merge would change: take it out of targets")
+        if id(getattr(layer, "weight", None)) in shared:
+            advice = "which a merge would change: take it out of targets"
+            raise CourseError(f"{path} shares its weight with another layer, as a head with the embeddings, {advice}")
         check_size(rank, alpha, layer, path)
     if not lora_layers(model):
         model.requires_grad_(False)
@@ -157,9 +167,11 @@ def add_lora(
     use_adapters(model, name)
 
 
-def _is_tied(layer: nn.Module, model: nn.Module) -> bool:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return embeddings is not None and getattr(layer, "weight", None) is embeddings.weight
+def _shared_weights(model: nn.Module) -> set[int]:
+    """The ids of the weights that stand in several places of the model."""
+    places = [child for module in model.modules() for child in module._modules.values()]
+    weights = [child.weight for child in places if getattr(child, "weight", None) is not None]
+    return {weight for weight, number in Counter(map(id, weights)).items() if number > 1}
 
 
 def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
@@ -188,6 +200,8 @@ def use_adapters(model: nn.Module, choice: str | Mapping[str, float]) -> None:
     A blend is exact: the weighted sum of the updates. Raises CourseError for an unknown name, a weight that is not finite, or a
     blend of adapters of different layers, where some layers would get a part of it only.
     """
+    if not isinstance(choice, str | Mapping):
+        raise CourseError(f'found {choice!r}, expected a name, weights such as {{"a": 0.3, "b": 0.7}}, or {{}} for nothing')
     weights = {choice: 1.0} if isinstance(choice, str) else dict(choice)
     paths = {name: lora_layers(model, name).keys() for name in weights}
     for name, weight in weights.items():
@@ -204,21 +218,23 @@ def use_adapters(model: nn.Module, choice: str | Mapping[str, float]) -> None:
 def fused_rows(model: nn.Module, rows: Mapping[str, int]) -> Iterator[None]:
     """In the block, each batch holds the rows of several adapters, one after the other; rows: name -> how many are its own.
 
-    Raises CourseError for an unknown name, and for a model that trains with checkpointed activations: they would be computed again
-    after the block, with the adapter that is in use then.
+    Raises CourseError for an unknown name, a number that is none, and for a model that trains with checkpointed activations: they
+    would be computed again after the block, with the adapter that is in use then.
     """
-    for name in rows:
+    for name, number in rows.items():
         lora_layers(model, name)
+        if type(number) is not int or number < 0:
+            raise CourseError(f"adapter {name!r} has {number!r} rows, expected a whole number: count its rows of the batch")
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise CourseError("fused batches need activations that are not checkpointed: call memory.checkpoint_blocks(model, 0)")
-    layers = lora_layers(model).values()
-    for layer in layers:
+    before = {layer: layer.rows for layer in lora_layers(model).values()}
+    for layer in before:
         layer.rows = dict(rows)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.rows = None
+        for layer in before:
+            layer.rows = before[layer]
 
 
 def merged_copy(model: nn.Module) -> nn.Module:

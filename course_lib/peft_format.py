@@ -8,6 +8,7 @@ the right one, because the format keeps only its name.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -36,17 +37,27 @@ KNOWN_SETTINGS = set(  # any other that is set would make the adapter more than 
 def save_adapter(model: nn.Module, folder: Path | str, name: str = "default") -> None:
     """Write the adapter `name` of `model`, whole or not at all; an adapter that lies in `folder` is replaced.
 
-    Raises CourseError if `folder` holds anything else, or cannot be written.
+    Raises CourseError if `folder` holds anything else, or cannot be written, and for an adapter whose layers differ in rank or
+    alpha, since the format keeps one number of each.
     """
     folder = Path(folder).expanduser().resolve()
     layers = lora_layers(model, name)
-    weights = {
-        f"base_model.model.{path}.lora_{letter}.weight": getattr(layer.adapters[name], letter).detach()
+    sizes = {(update.rank, update.alpha, update.rank_stabilized) for update in (layer.adapters[name] for layer in layers.values())}
+    if len(sizes) > 1:
+        found = " and ".join(f"rank {rank}, alpha {alpha}" for rank, alpha, _ in sorted(sizes)[:2])
+        raise CourseError(f"the layers of adapter {name!r} differ ({found}), expected them equal: keep its state_dict instead")
+    weights = {  # copies, since safetensors refuses a transposed or a shared matrix
+        f"base_model.model.{path}.lora_{letter}.weight": getattr(layer.adapters[name], letter)
+        .detach()
+        .clone(memory_format=torch.contiguous_format)
         for path, layer in layers.items()
         for letter in "AB"
     }
     try:
-        if folder.exists() and not {path.name for path in folder.iterdir()} <= {CONFIG, WEIGHTS, sealing.SEAL}:
+        if folder == Path.cwd():
+            raise CourseError(f"{folder} is the working folder, which a save would replace: choose a new folder in it")
+        ours = (CONFIG, WEIGHTS, sealing.SEAL)
+        if folder.exists() and not all(path.is_file() and path.name in ours for path in folder.iterdir()):
             raise CourseError(f"{folder} holds something else than an adapter: choose a new folder")
         partial = sealing.partial_folder(folder)
         try:
@@ -86,7 +97,7 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
     folder = Path(folder).expanduser()
     settings, weights = _read(folder)
     layers, paths = surgery.linear_layers(model), {path for path, _ in weights}
-    rank, base = settings["r"], settings.get("base_model_name_or_path")
+    rank, base = settings["r"], settings.get("base_model_name_or_path") or "not named"
     for path in sorted(paths):
         if path not in layers:
             raise CourseError(f"the adapter in {folder} is for another base ({base}): this model has no linear layer {path}")
@@ -106,10 +117,10 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], Tensor]]:
     """The config, and the matrices by (name of the layer, "A" or "B")."""
-    if (folder / "adapter_model.bin").is_file() and not (folder / WEIGHTS).exists():
+    if os.path.isfile(folder / "adapter_model.bin") and not os.path.isfile(folder / WEIGHTS):  # False where it may not look
         raise CourseError(f"{folder} holds a pickle, which can run code when it is read: ask for the adapter as {WEIGHTS}")
     for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
+        if not os.path.isfile(folder / file):
             raise CourseError(f"{folder} holds no {file}: give a folder that save_adapter or peft wrote")
     try:
         if (folder / sealing.SEAL).exists():
@@ -123,6 +134,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], Tensor]]:
         raise CourseError(f"the adapter in {folder} is damaged ({first_line(error)}): save or download it again") from None
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= settings.keys():
         raise CourseError(f"{folder / CONFIG} does not describe LoRA: expected peft_type LORA, r and lora_alpha")
+    rank, alpha = settings["r"], settings["lora_alpha"]
+    if type(rank) is not int or not isinstance(alpha, int | float):
+        found = f"{folder / CONFIG} has r={rank!r} and lora_alpha={alpha!r}"
+        raise CourseError(f"{found}, expected a whole number and a number: save or download it again")
     matches = {name: WEIGHT_NAME.fullmatch(name) for name in tensors}
     more = [setting for setting, value in settings.items() if value and setting not in KNOWN_SETTINGS]
     more += [name for name, match in matches.items() if match is None]

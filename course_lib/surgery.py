@@ -71,17 +71,23 @@ def find_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
 
     targets: a list of names, each the end of a layer's name ("q_proj") or the whole; or "all-linear", every one except the output
         head; any other string is a regular expression for whole names
-    Raises CourseError if a target means no layer, and lists what there is.
+    Raises CourseError if a target means no layer, and lists what there is; for a model that is a linear layer itself, too.
 
     >>> list(find_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), ["2"]))
     ['2']
     """
     layers = linear_layers(model)
+    if not layers or "" in layers:
+        raise CourseError(f"a {type(model).__name__} holds no linear layers: give a model that does, such as nn.Sequential(layer)")
     if targets == ALL_LINEAR:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         return {name: layer for name, layer in layers.items() if layer is not head}
     if isinstance(targets, str):
-        found = {name for name in layers if re.fullmatch(targets, name)}
+        try:
+            found = {name for name in layers if re.fullmatch(targets, name)}
+        except re.error as error:
+            choice = f'give a list of some of {_names(model)}, or "{ALL_LINEAR}"'
+            raise CourseError(f"targets={targets!r} is no regular expression ({error}): {choice}") from None
         missing = [] if found else [targets]
     else:
         ends = {target: {name for name in layers if f".{name}".endswith(f".{target}")} for target in targets}
@@ -116,13 +122,19 @@ def weight_matrix(layer: nn.Module) -> Tensor:
 
 
 def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where the module called `name` is.
+    """Put `new` where the module called `name` is. Raises CourseError if there is none.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     >>> replace_layer(model, "1", nn.Identity())
     >>> model[1]
     Identity()
     """
+    if not name:
+        raise CourseError(f"a {type(model).__name__} cannot be replaced in itself: put it into nn.Sequential(layer) first")
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        raise CourseError(f"the model has no module called {name!r}: linear_layers(model) lists names") from None
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
@@ -138,7 +150,7 @@ def default_targets(model: "nn.Module | str") -> Targets:
     family = model if isinstance(model, str) else getattr(getattr(model, "config", None), "model_type", "")
     known = COPIED_TARGETS | _peft_targets()
     if family in known:
-        return known[family]
+        return known[family] if isinstance(known[family], str) else list(known[family])  # the list of peft stays as it is
     choice = f"one of {', '.join(known)}" if isinstance(model, str) else f"targets, a list of some of {_names(model)}"
     raise CourseError(f"no default targets are known for models of type {family!r}: give {choice}")
 
@@ -187,26 +199,33 @@ def lora_parameters(shapes: Iterable[tuple[int, int]], rank: int) -> int:
     return sum(rank * (d_in + d_out) for d_out, d_in in shapes)
 
 
-def empty_model(source: "PreTrainedConfig | str") -> "PreTrainedModel":
+def empty_model(source: "PreTrainedConfig | Path | str") -> "PreTrainedModel":
     """A causal language model with shapes but without weights (on the meta device): to count in, whatever its size.
 
     source: a transformers config, or the name of a course model, a folder, or a Hub id, of which only config.json is read
-    Raises CourseError if that cannot be had.
+    Raises CourseError if that cannot be had, or describes another kind of model. Code that comes with a config is not run.
     """
     from transformers import AutoModelForCausalLM
 
-    config = _read_config(source) if isinstance(source, str) else source
-    with torch.device("meta"), quiet_transformers():
-        return AutoModelForCausalLM.from_config(config)
+    config = _read_config(str(source)) if isinstance(source, str | Path) else source
+    try:
+        with torch.device("meta"), quiet_transformers():
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        found = f"a {type(config).__name__} makes no causal language model ({first_line(error)})"
+        raise CourseError(f"{found}: give the transformers config of one") from None
 
 
 def _read_config(name: str) -> "PreTrainedConfig":
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     folders = {"tiny": models.tiny_folder, "smollm2-135m": lambda: models.unpacked_smollm2(verify=False)}
     source = folders[name]() if name in folders else models.BASES[name].hub_id if name in models.BASES else name
-    folder = Path(source) if Path(source).is_dir() else hub.cached(source) or hub.download(source, ["config.json"])
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CourseError(f"the config of {name} cannot be used ({first_line(error)}): give a transformers config") from None
+        folder = Path(source) if Path(source).is_dir() else hub.cached(source) or hub.download(source, ["config.json"])
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except CourseError:
+        raise
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise CourseError(f"the config of {name!r} cannot be used ({first_line(error)}): give a transformers config") from None

@@ -35,6 +35,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from course_lib import sealing
 from course_lib.batching import IGNORED, Example, check_ids, collate, length_grouped_order
+from course_lib.lora import lora_layers
 from course_lib.runtime import CourseError, Machine, first_line, measure, quiet_transformers, seed_everything
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def finetune(
     """
     counts = {"steps": steps, "batch_size": batch_size, "accumulate": accumulate}
     _check_settings(counts | ({"save_every": save_every} if save_every is not None else {}), learning_rate, warmup_steps, seed)
-    _check_weights(base.model)
+    check_weights(base.model)
     _check_examples(base.model, examples)
     if (folder is None) != (save_every is None):
         raise TrainingError("folder and save_every belong together: give both to keep checkpoints, or neither")
@@ -308,6 +309,8 @@ class _Trainer(Trainer):
         if num_items_in_batch is None:
             raise TrainingError("the Trainer did not count the supervised tokens: this version of transformers is not supported")
         loss = supervised_loss(model, inputs, reduction="sum") / num_items_in_batch * self.accelerator.num_processes
+        if not loss.requires_grad:
+            raise TrainingError("the loss depends on no weight that trains: choose an adapter with use_adapters")
         if not torch.isfinite(loss):
             raise TrainingError(_advice(f"the loss is {loss.item()}", self.state.global_step + 1, self.args.learning_rate))
         return loss
@@ -453,7 +456,8 @@ def _check_settings(counts: dict[str, int], learning_rate: float, warmup_steps: 
         raise TrainingError(f"seed={seed!r} must be a whole number from 0 to {2**32 - 1}")
 
 
-def _check_weights(model: nn.Module) -> None:
+def check_weights(model: nn.Module) -> None:
+    """Raise TrainingError if no weight requires a gradient, or one of them that does is not float32."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     if not trained:
         raise TrainingError("no weight of the model requires a gradient: nothing would be trained")
@@ -488,9 +492,13 @@ def _check_writable(folder: Path) -> None:
 
 
 def _trained_weights(model: nn.Module) -> str:
-    """How many weights are trained, and a short name for which."""
+    """How many weights are trained, and a short name for which, with the adapters in use and their scales."""
     shapes = {name: list(weight.shape) for name, weight in model.named_parameters() if weight.requires_grad}
-    return f"{sum(map(math.prod, shapes.values()))} ({_fingerprint(shapes)})"
+    used = {
+        path: {name: weight * layer.adapters[name].scale for name, weight in layer.in_use.items()}
+        for path, layer in lora_layers(model).items()
+    }
+    return f"{sum(map(math.prod, shapes.values()))} ({_fingerprint([shapes, used] if used else shapes)})"
 
 
 def _fingerprint(content: Any) -> str:

@@ -154,3 +154,15 @@ def test_the_last_blocks_train_and_nothing_else(tiny):
     last_blocks(1)(tiny)
     trained = {name for name, weight in tiny.model.named_parameters() if weight.requires_grad}
     assert trained == {name for name, _ in tiny.model.named_parameters() if name.startswith("model.layers.3.")}
+
+
+@pytest.mark.parametrize("count", [0, -1, 5, 1.0, None])
+def test_a_number_of_blocks_that_cannot_be_is_refused_and_nothing_is_frozen(count, tiny):
+    with pytest.raises(CourseError, match=r"count=.* must be a whole number in 1..4, the blocks of tiny"):
+        last_blocks(count)(tiny)
+    assert all(weight.requires_grad for weight in tiny.model.parameters())
+
+
+def test_runs_without_retention_are_named():
+    with pytest.raises(CourseError, match="full has the scores response loss, expected response loss and retention"):
+        experiments.learned_and_kept([Outcome("full", 0, 8, {"response loss": 0.2}, 1.0, 1)])

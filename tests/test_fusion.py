@@ -133,6 +133,24 @@ def test_after_a_fused_batch_the_model_computes_as_before():
     assert torch.equal(logits(model), before)
 
 
+def test_gradients_of_before_do_not_reach_the_weights():
+    model, fresh = with_jobs(), with_jobs()
+    sum(fused_losses(model, BATCHES, PAD).values()).backward()
+    for trained in (model, fresh):
+        train_fused(trained, [BATCHES], learning_rate=2e-3, pad_id=PAD)
+    assert all(torch.equal(weight, expected) for weight, expected in zip(model.parameters(), fresh.parameters(), strict=True))
+    assert not gradients(model)
+
+
+def test_a_fused_block_in_another_gives_the_outer_one_back():
+    model = with_jobs()
+    with lora.fused_rows(model, {"two": 1, "one": 1}):
+        outer = logits(model)
+        with lora.fused_rows(model, {"four": 2}):
+            assert not torch.equal(logits(model), outer)
+        assert torch.equal(logits(model), outer)
+
+
 def test_one_batch_can_be_answered_by_several_adapters():
     model = with_jobs()
     with lora.fused_rows(model, {"two": 1, "one": 1}):
@@ -184,6 +202,8 @@ def test_a_job_without_supervised_tokens_is_named():
     masked = Example([1, 2, 3], [1, IGNORED, IGNORED])  # the first position is nobody's next token
     with pytest.raises(TrainingError, match="job 'two' has no supervised token"):
         fused_losses(with_jobs(), {"one": [example(4, 0)], "two": [masked]}, PAD)
+    with pytest.raises(TrainingError, match="job 'one' has no supervised token"):
+        fused_losses(with_jobs(), {"one": [Example([], [])]}, PAD)
     with pytest.raises(TrainingError, match="no examples"):
         fused_losses(with_jobs(), {}, PAD)
 
@@ -218,3 +238,17 @@ def test_a_model_that_mixes_rows_is_refused():
         model(torch.ones(2, 3, 4))
     assert surgery.count_parameters(model).trained == 16
     assert model(torch.ones(*IDS.shape, 4)).shape == (10, 4)
+
+
+@pytest.mark.parametrize("number", [-1, 2.0, "2", None, True])
+def test_a_number_of_rows_is_a_whole_number(number):
+    with (
+        pytest.raises(CourseError, match="adapter 'one' has .* rows, expected a whole number"),
+        lora.fused_rows(with_jobs(), {"one": number}),
+    ):
+        pass
+
+
+def test_weights_of_half_precision_are_not_trained():
+    with pytest.raises(TrainingError, match="trained weights are torch.float16, expected float32"):
+        train_fused(with_jobs().half(), [BATCHES], 1e-3, PAD)

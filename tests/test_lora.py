@@ -12,9 +12,9 @@ from course_lib import lora
 from course_lib.batching import collate, encode, encode_records
 from course_lib.lora import DoRALinear, LoRALinear, add_lora, lora_layers, merged_copy, use_adapters
 from course_lib.memory import checkpoint_blocks
-from course_lib.peft_format import save_adapter
+from course_lib.peft_format import load_adapter, save_adapter
 from course_lib.runtime import CourseError
-from course_lib.training import finetune, supervised_loss
+from course_lib.training import TrainingError, finetune, supervised_loss
 from tests.test_surgery import small_gpt2
 from tests.test_training import QUIET, RECORDS, fresh_tiny, train
 
@@ -216,6 +216,13 @@ def test_a_blend_is_the_weighted_sum_of_the_updates(tiny):
 # --- what stays untouched
 
 
+def test_a_refused_layer_is_not_frozen():
+    base = nn.Linear(4, 4)
+    with pytest.raises(CourseError, match="rank=9"):
+        LoRALinear(base, rank=9, alpha=4)
+    assert all(weight.requires_grad for weight in base.parameters())
+
+
 def test_only_a_and_b_train(machine):
     base = fresh_tiny()
     add_lora(base.model, 4, 8)
@@ -254,6 +261,20 @@ def test_a_run_with_lora_resumes_where_it_stopped(machine, tmp_path):
     assert torch.equal(logits(resumed), logits(unbroken))
 
 
+def test_a_run_does_not_go_on_from_the_checkpoint_of_another_adapter(machine, tmp_path):
+    base = fresh_tiny()
+    for name, alpha in (("one", 8), ("two", 8), ("three", 16)):
+        add_lora(base.model, 4, alpha, name=name)
+    options = {"steps": 1, "folder": tmp_path, "save_every": 1, "progress": False}
+    use_adapters(base.model, "one")
+    train(machine, base, **options)
+    assert train(machine, base, **options)[1].resumed_at == 1
+    for choice in ("two", "three", {"one": 0.5}):
+        use_adapters(base.model, choice)
+        with pytest.raises(TrainingError, match="is of another run .trained weights"):
+            train(machine, base, **options)
+
+
 def test_the_seed_decides_a_and_the_global_generator_stays():
     torch.manual_seed(3)
     state = torch.get_rng_state()
@@ -276,6 +297,16 @@ def test_lora_trains_with_checkpointed_activations(tiny, records):
     expected = gradients()
     checkpoint_blocks(model, 3)
     torch.testing.assert_close(gradients(), expected, atol=1e-6, rtol=0)
+
+
+def test_a_changed_alpha_is_the_one_that_computes_merges_and_is_saved(tmp_path, tiny):
+    model = adapted(targets=["q_proj"])
+    for layer in lora_layers(model).values():
+        layer.adapters["default"].alpha = 40
+    torch.testing.assert_close(logits(merged_copy(model)), logits(model), atol=1e-4, rtol=0)
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(tiny.model, tmp_path / "adapter")
+    assert torch.equal(logits(tiny.model), logits(model))
 
 
 def test_an_adapter_trains_over_a_4_bit_layer():
@@ -305,7 +336,7 @@ def test_another_methods_layer_is_refused():
 
 
 def test_a_head_that_is_the_embedding_is_refused(tiny):
-    with pytest.raises(CourseError, match="lm_head shares its weight with the embeddings"):
+    with pytest.raises(CourseError, match="lm_head shares its weight with another layer, as a head with the embeddings"):
         add_lora(tiny.model, 2, 4, ["q_proj", "lm_head"])
 
 
@@ -314,3 +345,31 @@ def test_a_weight_of_a_blend_must_be_a_number(weight, tiny):
     add_lora(tiny.model, 2, 4, name="one")
     with pytest.raises(CourseError, match="the weight of adapter 'one'"):
         use_adapters(tiny.model, {"one": weight})
+
+
+def shared_under_two_names():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model.append(model[0])
+    return model
+
+
+def two_layers_of_one_weight():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("model", [shared_under_two_names, two_layers_of_one_weight])
+def test_a_layer_that_a_merge_would_change_elsewhere_is_refused(model):
+    model = model()
+    with pytest.raises(CourseError, match="0 shares its weight with another layer"):
+        add_lora(model, 2, 4, ["0"])
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_blocks_that_are_used_twice_are_adapted_once_and_merge():
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.ReLU())] * 2)
+    add_lora(model, 2, 4, "all-linear")
+    fill(model)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(merged_copy(model)(x), model(x))

@@ -82,6 +82,40 @@ def test_a_saved_adapter_replaces_an_older_one_and_nothing_else(folder):
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+def test_a_folder_in_the_place_of_a_file_is_not_replaced(folder):
+    (folder / WEIGHTS).unlink()
+    save_adapter(adapted(), folder / WEIGHTS)  # a path to the file where a folder is expected
+    with pytest.raises(CourseError, match="holds something else than an adapter"):
+        save_adapter(adapted(), folder)
+    assert (folder / WEIGHTS / WEIGHTS).is_file()
+
+
+def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CourseError, match="is the working folder.*: choose a new folder in it"):
+        save_adapter(adapted(), ".")
+    save_adapter(adapted(), "adapter")
+
+
+def test_transposed_and_shared_matrices_are_saved(tmp_path, tiny):
+    model = adapted(targets=["q_proj"])
+    first, *others = (layer.adapters["default"] for layer in lora_layers(model).values())
+    first.A.data = torch.randn(128, 4, generator=torch.Generator().manual_seed(0)).T
+    for update in others:
+        update.A = first.A
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(tiny.model, tmp_path / "adapter")
+    torch.testing.assert_close(logits(tiny.model), logits(model), atol=1e-4, rtol=0)
+
+
+def test_an_adapter_of_several_alphas_is_not_saved_as_one(tmp_path):
+    model = adapted(targets=["q_proj"])
+    next(iter(lora_layers(model).values())).adapters["default"].alpha = 4
+    with pytest.raises(CourseError, match="the layers of adapter 'default' differ .rank 4, alpha 4 and rank 4, alpha 8."):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path):
     (tmp_path / "adapter").write_text("mine")
     with pytest.raises(CourseError, match="cannot be written"):
@@ -102,3 +136,8 @@ def test_an_unknown_adapter_is_not_saved(tmp_path, tiny):
     with pytest.raises(CourseError, match="'default' is not known"):
         save_adapter(tiny.model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_name_longer_than_the_disk_takes_is_one_line(tiny):
+    with pytest.raises(CourseError, match="holds no adapter_config.json"):
+        load_adapter(tiny.model, "x" * 300)

@@ -1,6 +1,7 @@
 """Tests of course_lib.surgery: layers found as peft finds them, counts equal to published ones."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     OPTConfig,
     PhiConfig,
     Qwen2Config,
+    T5Config,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -114,6 +116,22 @@ def test_a_replaced_layer_is_the_one_that_computes():
     assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 64)
 
 
+@pytest.mark.parametrize("name", ["transformer.h.9.mlp.c_fc", "transformer.hh"])
+def test_a_layer_that_is_not_there_is_not_replaced(name):
+    model = small_gpt2()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(CourseError, match=f"no module called '{name}'"):
+        surgery.replace_layer(model, name, nn.Identity())
+    assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("model", [nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4)), nn.Embedding(4, 4)])
+def test_a_model_without_linear_layers_inside_is_refused_and_not_frozen(model):
+    with pytest.raises(CourseError, match=f"a {type(model).__name__} holds no linear layers: give a model that does"):
+        add_lora(model, 2, 4, "all-linear")
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
 # --- default targets
 
 
@@ -130,6 +148,12 @@ def test_the_targets_in_use_for_phi_are_in_todays_model_and_those_of_the_table_a
     assert find_layers(model, default_targets(model))
     with pytest.raises(CourseError, match="'Wqkv'"):
         find_layers(model, surgery.COPIED_TARGETS["phi"])
+
+
+def test_changing_the_default_targets_changes_them_nowhere_else():
+    default_targets("llama").append("k_proj")
+    default_targets("baichuan").append("k_proj")
+    assert (default_targets("llama"), default_targets("baichuan")) == (["q_proj", "v_proj"], ["W_pack"])
 
 
 def test_an_unknown_family_is_told_its_layers():
@@ -189,3 +213,26 @@ def test_a_config_that_cannot_be_had_is_one_line(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(hub.HubError, match="HF_HUB_OFFLINE"):
         empty_model("nobody/nothing")
+
+
+@pytest.mark.parametrize("name", ["../no/such/folder", "tiny ", "a/b/c"])
+def test_a_name_that_no_model_can_have_is_one_line(name):
+    with pytest.raises(CourseError, match=f"the config of '{name}' cannot be used .*: give a transformers config"):
+        empty_model(name)
+
+
+@pytest.mark.parametrize("source", [T5Config(), None, {"hidden_size": 4}], ids=["T5", "None", "dict"])
+def test_what_makes_no_language_model_is_one_line(source):
+    with pytest.raises(CourseError, match=f"a {type(source).__name__} makes no causal language model .*: give the transformers"):
+        empty_model(source)
+
+
+def test_the_code_of_a_config_is_not_run(tmp_path):
+    """A table of default targets leads to such repositories: without being told, transformers asks whether to run their code."""
+    config = {"model_type": "baichuan"}
+    config["auto_map"] = {"AutoConfig": "code.Config"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(CourseError, match="cannot be used"):
+        empty_model(tmp_path)
+    assert not (tmp_path / "ran").exists()

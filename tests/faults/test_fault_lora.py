@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from course_lib import sealing
-from course_lib.fusion import fused_losses, train_fused
-from course_lib.lora import add_lora, merged_copy, use_adapters
+from course_lib.batching import Example
+from course_lib.fusion import fused_losses, schedule, train_fused
+from course_lib.lora import LoRALinear, add_lora, merged_copy, use_adapters
 from course_lib.memory import checkpoint_blocks
 from course_lib.peft_format import CONFIG, WEIGHTS, load_adapter, save_adapter
 from course_lib.runtime import CourseError
@@ -26,7 +27,7 @@ from tests.faults.test_fault_checkpoints import PROCESSES, Malicious, cut, die_a
 from tests.test_fusion import BATCHES, PAD, example, with_jobs
 from tests.test_lora import adapted, logits
 from tests.test_surgery import small_gpt2
-from tests.test_training import fresh_tiny
+from tests.test_training import fresh_tiny, train
 
 folder, canary = test_peft_format.folder, test_fault_checkpoints.canary  # fixtures
 
@@ -62,15 +63,29 @@ def test_a_rank_that_cannot_be_is_refused_before_anything_changes(rank, tiny, su
 
 
 @pytest.mark.fault("D2.2", "add_lora with alpha={alpha!r}")
-@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), "16"])
+@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), 1e39, "16"])
 def test_alpha_must_be_a_number_above_0(alpha, tiny, survived):
     survived(**refused(lambda: add_lora(tiny.model, 8, alpha), tiny.model, "alpha=.* above 0: try twice the rank"))
+
+
+@pytest.mark.fault("D2.2", "add_lora with seed={seed!r}")
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, None, "0"])
+def test_a_seed_that_torch_does_not_take_is_refused_before_anything_freezes(seed, tiny, survived):
+    message = "seed=.* must be a whole number from 0 to .*: choose one"
+    survived(**refused(lambda: add_lora(tiny.model, 8, 16, seed=seed), tiny.model, message))
 
 
 @pytest.mark.fault("D2.3", "add_lora with targets={targets!r}")
 @pytest.mark.parametrize("targets", [["q_proj", "query"], "q_porj"])
 def test_targets_that_mean_no_layer_are_answered_with_the_layers(targets, tiny, survived):
     message = "no linear layer is called '(query|q_porj)': give a list of some of q_proj, k_proj, v_proj, .*all-linear"
+    survived(**refused(lambda: add_lora(tiny.model, 4, 8, targets), tiny.model, message))
+
+
+@pytest.mark.fault("D2.3", "add_lora with targets={targets!r}")
+@pytest.mark.parametrize("targets", ["*_proj", "(q|v"])
+def test_targets_that_are_no_regular_expression_are_answered_with_the_layers(targets, tiny, survived):
+    message = "is no regular expression .*: give a list of some of q_proj, k_proj, v_proj, .*all-linear"
     survived(**refused(lambda: add_lora(tiny.model, 4, 8, targets), tiny.model, message))
 
 
@@ -102,6 +117,12 @@ def test_an_adapter_is_not_merged_into_codes(survived):
 @pytest.mark.fault("D2.5", "merged_copy of a model without LoRA")
 def test_nothing_to_merge_is_said(tiny, survived):
     survived(**refused(lambda: merged_copy(tiny.model), tiny.model, "no LoRA layers, .*: add_lora adds them"))
+
+
+@pytest.mark.fault("D2.5", "merged_copy of a single layer")
+def test_a_layer_by_itself_is_not_merged_into_itself(survived):
+    layer = LoRALinear(nn.Linear(4, 4), 2, 4)
+    survived(**refused(lambda: merged_copy(layer), layer, r"a LoRALinear cannot be replaced in itself: put it into nn.Sequential"))
 
 
 # --- D2.6 to D2.9: files of adapters
@@ -155,6 +176,16 @@ FAULTY = {  # number of the row, what is done to the adapter, how it is said
         "D2.7",
         lambda folder: (folder / CONFIG).write_text('{"peft_type": "LORA"}'),
         "does not describe LoRA: expected peft_type LORA, r and lora_alpha",
+    ),
+    "has a rank in quotes": (
+        "D2.7",
+        lambda folder: edit_settings(folder, r="4"),
+        "has r='4' and lora_alpha=8, expected a whole number",
+    ),
+    "has an alpha in quotes": (
+        "D2.7",
+        lambda folder: edit_settings(folder, lora_alpha="8"),
+        "lora_alpha='8', expected .* a number",
     ),
     "has no tensors": ("D2.7", lambda folder: edit_weights(folder, dict.clear), r"\(no weights\)"),
     "is IA3": ("D2.9", lambda folder: edit_settings(folder, peft_type="IA3"), "does not describe LoRA: expected"),
@@ -293,6 +324,23 @@ def test_an_unknown_adapter_is_answered_with_the_known_ones(adapters, known, sur
     survived(said=outcome["said"], lost=outcome["lost"] + ([] if torch.equal(logits(model), before) else ["the choice"]))
 
 
+@pytest.mark.fault("D2.12", "use_adapters with {choice!r}")
+@pytest.mark.parametrize("choice", [None, ["one", "two"]])
+def test_a_choice_that_is_neither_a_name_nor_weights_is_refused(choice, survived):
+    model = adapted(adapted(name="one"), name="two")
+    before = logits(model)
+    outcome = refused(lambda: use_adapters(model, choice), model, "expected a name, weights such as .*, or {} for nothing")
+    survived(said=outcome["said"], lost=outcome["lost"] + ([] if torch.equal(logits(model), before) else ["the choice"]))
+
+
+@pytest.mark.fault("D2.12", "finetune with no adapter in use")
+def test_training_without_an_adapter_in_use_is_refused(machine, survived):
+    base = fresh_tiny()
+    use_adapters(adapted(base.model), {})
+    message = "the loss depends on no weight that trains: choose an adapter with use_adapters"
+    survived(**refused(lambda: train(machine, base, progress=False), base.model, message))
+
+
 # --- D2.13: fusion
 
 FUSED = {"fused_losses": fused_losses, "train_fused": lambda model, step, pad: train_fused(model, [step], 1e-3, pad)}
@@ -313,3 +361,37 @@ def test_checkpointed_activations_are_refused(function, survived):
     checkpoint_blocks(model, 1)
     message = r"not checkpointed: call memory.checkpoint_blocks\(model, 0\)"
     survived(**refused(lambda: FUSED[function](model, BATCHES, PAD), model, message))
+
+
+@pytest.mark.fault("D2.13", "{function} with a token that the model does not know")
+@pytest.mark.parametrize("function", FUSED)
+def test_tokens_of_another_tokenizer_are_refused(function, survived):
+    model, step = with_jobs(), {"one": [Example([1, 99_999], [1, 99_999])]}
+    message = "token id 99999 is beyond the model's 1536 embeddings"
+    survived(**refused(lambda: FUSED[function](model, step, PAD), model, message))
+
+
+@pytest.mark.fault("D2.13", "train_fused with {what}")
+@pytest.mark.parametrize("what", ["no steps", "jobs in place of steps", "a generator"])
+def test_steps_are_a_list_that_is_not_empty(what, survived):
+    steps = {"no steps": [], "jobs in place of steps": {"one": [[example(4, 0)]]}, "a generator": (step for step in [BATCHES])}
+    model = with_jobs()
+    message = r"expected a list of steps, at least one: schedule\(jobs, budget\) makes it"
+    survived(**refused(lambda: train_fused(model, steps[what], 1e-3, PAD), model, message))
+
+
+@pytest.mark.fault("D2.13", "schedule with budget={budget!r}")
+@pytest.mark.parametrize("budget", [0, float("nan"), "100", None])
+def test_a_budget_is_a_whole_number(budget, survived):
+    with pytest.raises(CourseError, match="budget=.* must be a whole number of tokens, at least 1") as stop:
+        schedule({"one": [[example(4, 0)]]}, budget)
+    survived(said=stop.value, lost=[])
+
+
+@pytest.mark.fault("D2.13", "schedule with a list of examples in place of a list of batches")
+def test_a_job_of_examples_is_refused(survived):
+    with pytest.raises(
+        CourseError, match="batch 1 of job 'one' is no list of examples: give each job a list of such lists"
+    ) as stop:
+        schedule({"one": [example(4, 0)]}, 100)
+    survived(said=stop.value, lost=[])
