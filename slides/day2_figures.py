@@ -271,9 +271,10 @@ def draw_bars(values: Mapping[str, Sequence[float]], colors: Sequence[str], xlab
 
 
 def draw_forgetting() -> Axes:
-    """Every run of the task of the week: what it learned, and what it kept."""
-    week = [outcome for outcome in experiments.read_outcomes() if re.fullmatch(WEEK, outcome.method)]
-    points = experiments.learned_and_kept([*week, *experiments.read_effect("forgetting", experiments.LORA_FILE)])
+    """Runs of the task of the week at three learning rates each: what they learned, and what they kept."""
+    runs = [*experiments.read_outcomes(), *experiments.read_effect("forgetting", experiments.LORA_FILE)]
+    chosen = [run for run in runs if run.method.startswith(("full fine-tuning", "LoRA r=8, all linear layers"))]
+    points = experiments.learned_and_kept(chosen)
     axes = widened(plots.plot_points(points, "", "response loss on the task (nats): left is better", "% retained"))
     axes.grid(color=PALE)
     return axes

@@ -26,7 +26,7 @@ NOT_OURS = {".git", ".venv", "node_modules", "build", "dist", "__pycache__", ".p
 ALLOWED = {
     ("S102", "tests/test_exercises.py"): "runs the notebooks' own cells and the solutions in them, on purpose",
     ("S301", "tests/faults/test_fault_checkpoints.py"): "proves that its malicious pickle would work if something did load it",
-    ("S314", "slides/draw_figures.py"): "reads a table out of the committed notebook",
+    ("S314", "slides/drawing.py"): "reads a table out of the committed notebook",
     ("plain http", "LICENSE"): "the text of the Apache licence",
     ("plain http", "tests/test_notebooks.py"): "an address that the test sees blocked",
     ("unpinned install", "docs/faults.md"): "messages to a reader, in which pip install stands with a range where one matters",
