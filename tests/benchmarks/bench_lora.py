@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from course_lib import batching, evaluation, fusion, lora, memory, models, peft_format, runtime, training
 from tests.benchmarks.bench_batching import slices, steps_over
-from tests.benchmarks.bench_training import encoded, fresh
+from tests.benchmarks.bench_training import encoded
 from tests.benchmarks.measuring import Arm, interleaved
 from tests.test_lora import fill
 
@@ -42,7 +42,7 @@ SEED = 0
 
 @pytest.fixture(scope="module")
 def base(machine: runtime.Machine) -> models.Loaded:
-    return fresh(machine)
+    return models.load("smollm2-135m", machine)
 
 
 @pytest.fixture(scope="module")
