@@ -122,7 +122,8 @@ def result_rows(notebook: Notebook) -> list[Row]:
     rows = []
     for measure, (before, after) in headline(read_notebook("day1_alpaca")).items():
         free = " (free form)" if measure == "right answer" else ""
-        rows.append([measure, f"{before} %{free}", f"{after} %", f"{today[measure]} %"])
+        asked = " (today of 60)" if measure == "retention" else ""
+        rows.append([measure + asked, f"{before} %{free}", f"{after} %", f"{today[measure]} %"])
     (full,) = {outcome.trained for outcome in experiments.read_outcomes() if outcome.method == "full fine-tuning"}
     rows.append(["weights trained", "0", f"{full:,}", re.search(r"([\d,]+) weights trained", text)[1]])
     return [dict(zip(("of 100 questions", "untouched", "Day 1: all weights", "today: LoRA"), row, strict=True)) for row in rows]
@@ -201,7 +202,8 @@ def draw_start(notebook: Notebook) -> Axes:
     axes = canvas(11, 4.4)
     for x, text in ((4.35, "logits\nunchanged"), (5.95, "A has a\ngradient"), (7.45, "B has a\ngradient")):
         axes.text(x, 3.95, text, ha="center", va="center", color=INK)
-    for row, y in zip(table_rows(notebook, '"logits unchanged"'), (2.95, 1.75, 0.55), strict=True):
+    rows = [row for row in table_rows(notebook, '"logits unchanged"') if row["start"] in verdicts]
+    for row, y in zip(rows, (2.95, 1.75, 0.55), strict=True):
         zero = {"A": row["start"] == "both zero", "B": row["start"] != "both random"}
         for name, x, width, height in (("B", 0.45, 0.36, 0.95), ("A", 1.4, 1.1, 0.36)):
             face = MASKED if zero[name] else GOOD
@@ -294,7 +296,7 @@ def draw_blend(notebook: Notebook) -> Axes:
 
 def draw_fusion(notebook: Notebook) -> Axes:
     """The first fused batch of the notebook: each job's row through the one base, and through its own adapter."""
-    first = printed(notebook, "fusion.schedule(jobs").splitlines()[0]
+    first = printed(notebook, "fusion.schedule(jobs").partition("budget 320:\n")[2].splitlines()[0]
     tokens = {job: int(count) for job, count in re.findall(r"'(\w+)': (\d+)", first)}
     axes = canvas(11, 4.6)
     for x, text in ((1.75, "one row a job, padded"), (5.35, "one product,\nall rows"), (7.75, "own A and B,\nown row")):

@@ -461,7 +461,7 @@ def fused_symptom(found: list, expected: list, x: Tensor, job: list[int], weight
     named = _named(
         found,
         (
-            (base, "your rows are x W^T alone: the updates are missing"),
+            (base, "your rows are x W^T alone: the updates are missing (`job` is a list, so `job == i` is no mask)"),
             (right - base, "your rows are the updates alone: the frozen layer, x W^T, is missing"),
             (right[order], "your rows come back sorted by job: put each back into its own place"),
             (base + sum(updates), "every row gets the updates of all jobs: each row gets that of its own job alone"),
