@@ -271,8 +271,8 @@ def said_on_day2():
         f"take {lora} gigabytes instead of {full}": "1.8 %",
         f"the run took {seconds} seconds": "1.8 %",
         f"rank one reaches {best[1]} percent and rank sixteen {best[16]}": "How large",
-        f"the close survives in {half['closes']} of {half['of']} replies, the opening in {half['opens']}": "Adapters can be mixed",
-        f"both ornaments in {both['both']} of {both['of']}": "Adapters can be mixed",
+        f"the close survives in {half['closes']} of {half['of']} replies, the opening in {half['opens']}": "Adapters mix",
+        f"both ornaments in {both['both']} of {both['of']}": "Adapters mix",
         f"{apart} seconds one after the other, {fused} fused": "Four jobs",
     }
 
