@@ -28,7 +28,7 @@ test: setup  ## unit tests, docstring examples, and nbval over all notebooks
 faults: setup  ## make every fault of docs/faults.md happen, print the table of what was said and lost (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider --faults-table docs/faults.md tests/faults
 
-bench: setup $(READY_TO_BENCH)  ## measure every speed promise on all cores, print and write docs/benchmarks.md (15 minutes, on a quiet machine)
+bench: setup $(READY_TO_BENCH)  ## measure every speed promise on all cores, print and write docs/benchmarks.md (half an hour, on a quiet machine)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -p no:cacheprovider -o python_files='bench_*.py' \
 		--benchmarks-table docs/benchmarks.md $(or $(FILES),tests/benchmarks)
 
