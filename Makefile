@@ -7,26 +7,30 @@ READY := $(VENV)/.ready
 READY_TO_BENCH := $(VENV)/.ready-to-bench
 CHROME_PATH ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 MARP := node_modules/.bin/marp --no-stdin
+# two processes of one thread each: two that compute on all cores would wait for each other
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test faults bench doctor audit day lab notebooks figures slides test-slides chrome lint stamp clean
+.PHONY: help setup run check test faults bench doctor audit day lab notebooks figures slides test-slides chrome lint stamp clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 run: setup  ## execute the notebooks on this machine, write build/course/index.html
-	@$(BIN)/python -m course_lib run
+	@$(BIN)/python -m tools run
 
-test: setup  ## unit tests, docstring examples, and nbval over all notebooks
+check: setup lint  ## lint, unit tests and docstring examples (two minutes)
 	@echo "== unit tests and docstring examples"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --doctest-modules --durations=5 tests course_lib
-	@echo "== notebooks: every cell executed with the network blocked, exact outputs compared (minutes)"
-	@PYTHONPATH=tests/offline $(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg \
-		--nbval-cell-timeout 290 --durations=10 -v notebooks
+	@$(PYTEST) -m "not slow" --doctest-modules --durations=5 tests course_lib tools
 
-faults: setup  ## make every fault of docs/faults.md happen, print the table of what was said and lost (minutes)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider --faults-table docs/faults.md tests/faults
+test: check  ## check, then nbval over all notebooks
+	@echo "== notebooks: every cell executed with the network blocked, exact outputs compared (minutes)"
+	@PYTHONPATH=$(CURDIR)/tests/offline $(PYTEST) -p tools.patience --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg \
+		--nbval-cell-timeout 3600 --durations=10 -vv notebooks
+
+faults: setup  ## make every fault of docs/faults.md happen, print the table of what was said and lost; all other slow tests, too (minutes)
+	@$(PYTEST) -m "fault or slow" --faults-table docs/faults.md tests/faults tests
 
 bench: setup $(READY_TO_BENCH)  ## measure every speed promise on all cores, print and write docs/benchmarks.md (half an hour, on a quiet machine)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -p no:cacheprovider -o python_files='bench_*.py' \
@@ -41,13 +45,13 @@ audit:  ## ask PyPI's advisories about the versions in constraints.txt (needs th
 	@build/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt
 
 day: setup  ## execute one day: make day DAY=1
-	@$(BIN)/python -m course_lib run --day $(DAY)
+	@$(BIN)/python -m tools run --day $(DAY)
 
 lab: setup  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks
 
 notebooks: setup  ## execute the notebooks and keep the new outputs in notebooks/
-	@$(BIN)/python -m course_lib run --keep
+	@$(BIN)/python -m tools run --keep
 
 figures: setup  ## redraw the slides' figures and the table of the week from the notebook's outputs and data/
 	@$(BIN)/python slides/draw_figures.py
@@ -66,7 +70,7 @@ lint: setup  ## ruff over code and notebooks
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 stamp: setup  ## write the repository's address from pyproject.toml into badges and Colab cells
-	@$(BIN)/python -m course_lib stamp
+	@$(BIN)/python -m tools stamp
 
 clean:  ## remove .venv, node_modules and build/ (the model cache stays; its place is printed by `make setup`)
 	rm -rf $(VENV) node_modules build

@@ -1,8 +1,6 @@
 """The command line: python -m course_lib COMMAND."""
 
 import sys
-from pathlib import Path
-from typing import Annotated
 
 from course_lib.runtime import CourseError
 
@@ -37,45 +35,6 @@ def doctor() -> None:
         problems += finding.state == "problem"
     if problems:
         raise typer.Exit(1)
-
-
-@app.command()
-def run(
-    day: Annotated[int | None, typer.Option(help="Only this day.", min=1, max=7)] = None,
-    keep: Annotated[bool, typer.Option(help="Write the new outputs back into notebooks/.")] = False,
-) -> None:
-    """Execute the notebooks on this machine and write build/course/index.html."""
-    import nbformat
-
-    from course_lib import notebooks, runtime
-
-    print(runtime.detect())
-    target = Path("build/course")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CourseError(f"{target} cannot be written ({error.strerror}): make room for the results there first") from None
-    executions = []
-    for path in notebooks.find_notebooks(Path("notebooks"), day):
-        execution = notebooks.execute(path)
-        print(execution)
-        executions.append(execution)
-        if keep and not execution.failure:
-            nbformat.write(execution.notebook, path)
-    index = notebooks.write_page(executions, target, Path("build/slides"))
-    print(f"the course as a page: {index}")
-    failed = [execution for execution in executions if execution.failure]
-    if failed:
-        raise CourseError(f"{len(failed)} of {len(executions)} notebooks failed: {'; '.join(map(str, failed))}")
-
-
-@app.command()
-def stamp() -> None:
-    """Write the repository's address from pyproject.toml into badges and Colab cells."""
-    from course_lib import notebooks
-
-    changed = notebooks.stamp(Path("."))
-    print(f"stamped {', '.join(map(str, changed))}" if changed else "every badge and Colab cell already has the address")
 
 
 def main() -> None:

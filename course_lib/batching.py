@@ -16,6 +16,8 @@ one row need almost none (`pack`), but then each must see itself only and count 
 """
 
 import html
+import math
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -132,6 +134,23 @@ def check_ids(ids: Iterable[int], model: "PreTrainedModel") -> None:
         raise CourseError(f"token id {out} is beyond the model's {rows} embeddings: encode with the model's own tokenizer")
 
 
+def check_examples(examples: Sequence[Example], model: "PreTrainedModel") -> None:
+    """Raise CourseError for examples that `model` cannot be trained on: none, empty, too long, or of another tokenizer."""
+    if not isinstance(examples, Sequence):
+        raise CourseError(f"examples is a {type(examples).__name__}, expected a list: encode_records(...).examples")
+    if not examples:
+        raise CourseError("there are no examples to train on")
+    longest = getattr(model.config, "max_position_embeddings", math.inf)
+    for number, example in enumerate(examples, start=1):
+        if len(example.input_ids) != len(example.labels):
+            raise CourseError(f"example {number} has {len(example.input_ids)} ids and {len(example.labels)} labels")
+        if not example.supervised_ids:
+            raise CourseError(f"example {number} has no supervised token: every label is {IGNORED}")
+        if len(example) > longest:
+            raise CourseError(f"example {number} has {len(example)} tokens, the model takes {longest}: encode with max_tokens")
+        check_ids((*example.input_ids, *example.supervised_ids), model)
+
+
 def real_token_share(lengths: Sequence[int], batch_size: int) -> float:
     """The share of a padded epoch that is not padding, in the given order.
 
@@ -147,6 +166,24 @@ def length_grouped_order(lengths: Sequence[int], batch_size: int, seed: int) -> 
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
     return get_length_grouped_indices(list(lengths), batch_size, generator=torch.Generator().manual_seed(seed))
+
+
+def training_order(lengths: Sequence[int], steps: int, examples_per_step: int, group_by_length: bool, seed: int) -> list[int]:
+    """The index of every example that a run sees, in order: shuffled epochs, one after the other, up to the last step.
+
+    Fixed before the run starts, so that a resumed run goes on with the examples that the broken one had not seen.
+
+    >>> training_order([5, 5, 5], steps=2, examples_per_step=2, group_by_length=False, seed=0)
+    [1, 2, 0, 0]
+    """
+    order: list[int] = []
+    while len(order) < steps * examples_per_step:
+        epoch_seed = seed * 10_007 + len(order)
+        if group_by_length:
+            order += length_grouped_order(lengths, examples_per_step, epoch_seed)
+        else:
+            order += random.Random(epoch_seed).sample(range(len(lengths)), len(lengths))
+    return order[: steps * examples_per_step]
 
 
 def pack(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:

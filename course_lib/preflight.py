@@ -182,10 +182,10 @@ def _base_model() -> Iterator[Finding]:
 
 def _checkpoints() -> Finding:
     """Room for what full fine-tuning keeps on disk: weights and two moments, for the checkpoints kept and the one being written."""
-    from course_lib import memory, models, training
+    from course_lib import checkpoints, memory, models
 
     bill = memory.BILLS["fp32"]
-    needed = (training.CHECKPOINTS_KEPT + 1) * models.BASES["smollm2-135m"].parameters * (bill.weights + bill.moments)
+    needed = (checkpoints.KEPT + 1) * models.BASES["smollm2-135m"].parameters * (bill.weights + bill.moments)
     free = shutil.disk_usage(Path.cwd()).free
     line = f"disk: {_gb(free)} free in {Path.cwd()}, checkpoints of a full fine-tuning of smollm2-135m take {_gb(needed)}"
     return Finding("ok", line) if free >= needed else Finding("note", f"{line}: free some, or keep them in another folder")

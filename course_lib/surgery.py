@@ -7,6 +7,7 @@ releases, the layers of today's implementation are called `q_proj`, `k_proj` and
 used here; for the others, those of the table.
 """
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -179,13 +180,19 @@ def _peft_targets() -> dict[str, Targets]:
 
 
 def count_parameters(model: nn.Module) -> Count:
-    """Weights that train, and all; a matrix used twice (tied embeddings) counts once.
+    """Weights that train, and all; a matrix used twice (tied embeddings) counts once, two codes in a byte as two.
 
     >>> print(count_parameters(nn.Linear(9, 10).requires_grad_(False)))
     0 of 100 weights train (0.0000%)
     """
-    weights = list(model.parameters())
-    return Count(sum(weight.numel() for weight in weights if weight.requires_grad), sum(weight.numel() for weight in weights))
+    counts = [(_number_of_weights(weight), weight.requires_grad) for weight in model.parameters()]
+    return Count(sum(number for number, trains in counts if trains), sum(number for number, _ in counts))
+
+
+def _number_of_weights(parameter: Tensor) -> int:
+    """Of a parameter that bitsandbytes packed, the weights that its bytes stand for."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)
 
 
 def lora_parameters(shapes: Iterable[tuple[int, int]], rank: int) -> int:

@@ -4,6 +4,7 @@ cache that a test may break."""
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import socket
 import threading
@@ -14,15 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from course_lib import hub, models, runtime, sealing
+from course_lib import hub, models, peft_format, runtime, sealing
 from course_lib.alpaca import Record
+from tests.fixtures.broken import Malicious
+from tests.fixtures.models import CPU, adapted
+from tests.fixtures.packages import course_requires, site  # noqa: F401 (fixtures)
 
 collect_ignore_glob = ["conftest.py", "*/conftest.py"]  # of the same name, so pytest cannot collect them for their docstrings
 
 
 @pytest.fixture(scope="session")
 def machine() -> runtime.Machine:
-    return runtime.decide(gpu=None, override=None, cores=2, memory_bytes=8 * runtime.GIB)
+    return CPU
 
 
 @pytest.fixture
@@ -51,6 +55,23 @@ def records() -> list[Record]:
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def adapter_folder(tmp_path: Path) -> Path:
+    """A saved adapter of the tiny model."""
+    peft_format.save_adapter(adapted(targets=["q_proj", "v_proj"]), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Path:
+    """A file that a malicious pickle would create, and which proves that it can."""
+    path = tmp_path / "canary"
+    pickle.loads(pickle.dumps(Malicious(path))).close()
+    assert path.exists()
+    path.unlink()
+    return path
 
 
 @pytest.fixture

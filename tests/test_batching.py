@@ -154,7 +154,7 @@ def test_packed_examples_cannot_see_each_other(tiny, attention):
 
 @pytest.mark.parametrize("mask_prompt", [True, False])
 def test_the_loss_of_a_packed_batch_is_that_of_the_padded_one(tiny, records, mask_prompt):
-    from course_lib.training import supervised_loss
+    from course_lib.objective import supervised_loss
 
     examples = encode_records(records, tiny.tokenizer, 1000, mask_prompt=mask_prompt).examples
     padded = supervised_loss(tiny.model, collate(examples, 0))
@@ -175,3 +175,10 @@ def test_examples_know_their_length_and_supervised_tokens():
     example = Example([1, 2, 3], [IGNORED, 2, 3])
     assert len(example) == 3
     assert example.supervised_ids == [2, 3]
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_every_epoch_shows_every_example_once(group_by_length):
+    order = batching.training_order(list(range(1, 11)), steps=5, examples_per_step=4, group_by_length=group_by_length, seed=0)
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10] != order[10:]

@@ -179,6 +179,7 @@ def test_the_longest_answer_fits_into_the_tokens_allowed(smollm2):
     assert max(len(encode_text(record.output, smollm2.tokenizer)) + 1 for record in records) <= evaluation.ANSWER_TOKENS
 
 
+@pytest.mark.slow
 def test_the_untouched_model_never_answers_in_json_but_knows_the_retention_answers(smollm2):
     assert evaluation.evaluate(smollm2, evaluation.read_task("test")[:16]).rate("valid_json") == 0
     assert evaluation.evaluate_retention(smollm2, evaluation.read_retention()[:16]).rate >= 15 / 16

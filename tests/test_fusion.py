@@ -10,40 +10,11 @@ from course_lib import lora, surgery
 from course_lib.batching import IGNORED, Example, collate
 from course_lib.fusion import fused_losses, padded_tokens, schedule, train_fused
 from course_lib.lora import add_lora, lora_layers, use_adapters
+from course_lib.objective import supervised_loss
 from course_lib.runtime import CourseError
-from course_lib.training import TrainingError, supervised_loss
-from tests.test_lora import IDS, fill, logits
-from tests.test_surgery import small_gpt2
-from tests.test_training import fresh_tiny
-
-JOBS = {  # rank, layers
-    "one": (1, ["q_proj", "v_proj"]),
-    "two": (4, "all-linear"),
-    "three": (8, ["down_proj"]),
-    "four": (2, ["q_proj", "v_proj"]),
-}
-PAD = 0
-
-
-def example(length, seed, vocabulary=60):
-    ids = random.Random(seed).choices(range(1, vocabulary), k=length)
-    return Example(ids, [IGNORED] * (length // 2) + ids[length // 2 :])
-
-
-def with_jobs():
-    model = fresh_tiny().model
-    for seed, (job, (rank, targets)) in enumerate(JOBS.items()):
-        add_lora(model, rank, 8, targets, name=job, seed=seed)
-        fill(model, seed, job)
-    return model
-
-
-BATCHES = {
-    "two": [example(9, 1), example(4, 2)],
-    "one": [example(12, 3)],
-    "four": [example(3, 4)],
-    "three": [example(5, 5), example(6, 6), example(7, 7)],
-}
+from course_lib.training import TrainingError
+from tests.fixtures.jobs import BATCHES, JOBS, PAD, example, with_jobs
+from tests.fixtures.models import IDS, fill, logits, small_gpt2
 
 
 def gradients(model):

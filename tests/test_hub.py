@@ -82,6 +82,7 @@ def test_a_download_holds_the_files_that_were_chosen_and_is_found_again(fake_hub
     assert hub.cached("owner/model") == folder
 
 
+@pytest.mark.slow
 def test_a_slow_download_is_waited_for(fake_hub):
     fake_hub.body = "is slow"
     start = perf_counter()

@@ -10,40 +10,21 @@ from transformers.pytorch_utils import Conv1D
 
 from course_lib import lora
 from course_lib.batching import collate, encode, encode_records
+from course_lib.checkpoints import CheckpointError
 from course_lib.lora import DoRALinear, LoRALinear, add_lora, lora_layers, merged_copy, use_adapters
 from course_lib.memory import checkpoint_blocks
+from course_lib.objective import supervised_loss
 from course_lib.peft_format import load_adapter, save_adapter
 from course_lib.runtime import CourseError
-from course_lib.training import TrainingError, finetune, supervised_loss
-from tests.test_surgery import small_gpt2
-from tests.test_training import QUIET, RECORDS, fresh_tiny, train
+from course_lib.training import finetune
+from tests.fixtures.models import adapted, fill, fresh_tiny, logits, small_gpt2
+from tests.fixtures.runs import QUIET, RECORDS, train
 
-IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
 BASES = {
     "bias": lambda d_in, d_out: nn.Linear(d_in, d_out),
     "no bias": lambda d_in, d_out: nn.Linear(d_in, d_out, bias=False),
     "Conv1D": lambda d_in, d_out: Conv1D(d_out, d_in),
 }
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def fill(model, seed=0, name="default"):
-    """Give every B random numbers, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in lora_layers(model, name).values():
-        layer.adapters[name].B.data = torch.randn(layer.adapters[name].B.shape, generator=generator) / 30
-
-
-def adapted(base=None, targets="all-linear", **options):
-    """A model of the tiny kind with a filled adapter."""
-    model = base or fresh_tiny().model
-    add_lora(model, 4, 8, targets, **options)
-    fill(model, name=options.get("name", "default"))
-    return model
 
 
 def layer_pair(kind, seed, rank_stabilized=False, use_dora=False):
@@ -271,7 +252,7 @@ def test_a_run_does_not_go_on_from_the_checkpoint_of_another_adapter(machine, tm
     assert train(machine, base, **options)[1].resumed_at == 1
     for choice in ("two", "three", {"one": 0.5}):
         use_adapters(base.model, choice)
-        with pytest.raises(TrainingError, match="is of another run .trained weights"):
+        with pytest.raises(CheckpointError, match="is of another run .trained weights"):
             train(machine, base, **options)
 
 

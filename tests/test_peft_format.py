@@ -11,18 +11,9 @@ from course_lib import sealing
 from course_lib.lora import add_lora, lora_layers
 from course_lib.peft_format import CONFIG, WEIGHTS, load_adapter, save_adapter
 from course_lib.runtime import CourseError
-from tests.test_lora import adapted, fill, logits
-from tests.test_surgery import small_gpt2
-from tests.test_training import fresh_tiny
+from tests.fixtures.models import adapted, fill, fresh_tiny, logits, small_gpt2
 
 MODELS = {"llama": lambda: fresh_tiny().model, "gpt2": small_gpt2}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A saved adapter of the tiny model."""
-    save_adapter(adapted(targets=["q_proj", "v_proj"]), tmp_path / "adapter")
-    return tmp_path / "adapter"
 
 
 @pytest.mark.parametrize("rank_stabilized", [False, True])
@@ -62,32 +53,32 @@ def test_an_adapter_of_single_layers_names_them_whole(tmp_path):
     torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=0)
 
 
-def test_a_loaded_adapter_stands_beside_others_and_can_be_trained_on(folder):
+def test_a_loaded_adapter_stands_beside_others_and_can_be_trained_on(adapter_folder):
     model = adapted(name="other")
-    load_adapter(model, folder, name="loaded")
+    load_adapter(model, adapter_folder, name="loaded")
     updates = [layer.adapters["loaded"] for layer in lora_layers(model, "loaded").values()]
     assert len(updates) == 2 * model.config.num_hidden_layers
     assert all(weight.requires_grad for update in updates for weight in update.parameters())
     assert all(layer.in_use == {"loaded": 1.0} for layer in lora_layers(model, "loaded").values())
 
 
-def test_a_saved_adapter_replaces_an_older_one_and_nothing_else(folder):
+def test_a_saved_adapter_replaces_an_older_one_and_nothing_else(adapter_folder):
     model = adapted(targets=["k_proj"])
-    save_adapter(model, folder)
-    assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS, sealing.SEAL}
-    assert len(load_file(folder / WEIGHTS)) == 2 * model.config.num_hidden_layers
-    (folder / "notes.txt").write_text("mine")
+    save_adapter(model, adapter_folder)
+    assert {path.name for path in adapter_folder.iterdir()} == {CONFIG, WEIGHTS, sealing.SEAL}
+    assert len(load_file(adapter_folder / WEIGHTS)) == 2 * model.config.num_hidden_layers
+    (adapter_folder / "notes.txt").write_text("mine")
     with pytest.raises(CourseError, match="holds something else than an adapter"):
-        save_adapter(model, folder)
-    assert (folder / "notes.txt").read_text() == "mine"
+        save_adapter(model, adapter_folder)
+    assert (adapter_folder / "notes.txt").read_text() == "mine"
 
 
-def test_a_folder_in_the_place_of_a_file_is_not_replaced(folder):
-    (folder / WEIGHTS).unlink()
-    save_adapter(adapted(), folder / WEIGHTS)  # a path to the file where a folder is expected
+def test_a_folder_in_the_place_of_a_file_is_not_replaced(adapter_folder):
+    (adapter_folder / WEIGHTS).unlink()
+    save_adapter(adapted(), adapter_folder / WEIGHTS)  # a path to the file where a folder is expected
     with pytest.raises(CourseError, match="holds something else than an adapter"):
-        save_adapter(adapted(), folder)
-    assert (folder / WEIGHTS / WEIGHTS).is_file()
+        save_adapter(adapted(), adapter_folder)
+    assert (adapter_folder / WEIGHTS / WEIGHTS).is_file()
 
 
 def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
@@ -126,10 +117,10 @@ def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path):
 # --- adapters that cannot be loaded or saved; more of them are in tests/faults
 
 
-def test_an_adapter_is_not_loaded_twice_under_one_name(folder, tiny):
-    load_adapter(tiny.model, folder)
+def test_an_adapter_is_not_loaded_twice_under_one_name(adapter_folder, tiny):
+    load_adapter(tiny.model, adapter_folder)
     with pytest.raises(CourseError, match="has an adapter 'default' already"):
-        load_adapter(tiny.model, folder)
+        load_adapter(tiny.model, adapter_folder)
 
 
 def test_an_unknown_adapter_is_not_saved(tmp_path, tiny):

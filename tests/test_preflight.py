@@ -1,13 +1,10 @@
 """Tests of course_lib.preflight: each fault is named in one line with the next step, and nothing broken is imported to find it."""
 
 import errno
-import os
 import shutil
 import subprocess
 import sys
-import tomllib
 from importlib import metadata
-from pathlib import Path
 from time import perf_counter
 
 import pytest
@@ -15,59 +12,7 @@ from packaging.requirements import Requirement
 
 from course_lib import hub, models, preflight, runtime, sealing
 from course_lib.runtime import GIB, CourseError
-
-ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-
-def write_package(folder, name, version, code="", requires=(), python=PROJECT["requires-python"]):
-    """A package as pip leaves it in `folder`: metadata, and a module of the same name unless `code` is None."""
-    for old in folder.glob(f"{name.replace('-', '_')}-*.dist-info"):
-        shutil.rmtree(old)
-    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
-    info.mkdir(parents=True)
-    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", f"Requires-Python: {python}"]
-    (info / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {line}" for line in requires)]) + "\n")
-    if code is not None:
-        (folder / name).mkdir(exist_ok=True)
-        (folder / name / "__init__.py").write_text(code)
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A folder of packages that is searched before the environment's, here and in processes started from here."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(ROOT)]))
-    return folder
-
-
-@pytest.fixture
-def course_requires(site):
-    """Put the course into `site`, with these requirements."""
-
-    def write(*requires, python=PROJECT["requires-python"]):
-        write_package(site, preflight.DISTRIBUTION, "0.1.0", None, requires, python)
-
-    return write
-
-
-@pytest.fixture
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def doctor():
-    """(exit code, lines, what went to stderr) of the command in a process of its own."""
-    command = [sys.executable, "-m", "course_lib", "doctor"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    return result.returncode, result.stdout.splitlines(), result.stderr
-
-
-def lines(findings, state):
-    return [finding.line for finding in findings if finding.state == state]
+from tests.fixtures.packages import PROJECT, disk_with, lines, write_package
 
 
 def test_this_environment_has_no_problem_even_with_everything_imported(course_requires, empty_cache, monkeypatch):
@@ -188,10 +133,6 @@ def test_an_unknown_device_is_a_problem(fitting, monkeypatch):
     assert lines(preflight.findings(False), "problem") == [
         "COURSE_DEVICE='tpu' is not known, expected cpu or cuda: correct it or unset it"
     ]
-
-
-def disk_with(free_bytes):
-    return lambda folder: shutil._ntuple_diskusage(10**12, 10**12 - free_bytes, free_bytes)
 
 
 def test_a_full_disk_is_no_problem_where_the_base_model_already_lies(fitting, empty_cache, monkeypatch):

@@ -1,5 +1,6 @@
 """Tests of course_lib.runtime."""
 
+import os
 import random
 import subprocess
 import sys
@@ -130,3 +131,21 @@ def test_importing_the_package_takes_less_than_three_tenths_of_a_second():
 
 def test_the_data_folder_is_found():
     assert (runtime.data_folder() / "structured_answers.json").is_file()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have another OpenMP")
+@pytest.mark.parametrize(
+    ("environment", "spins"),
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+)
+def test_threads_spin_briefly_unless_told_otherwise(environment, spins):
+    """What torch's OpenMP has read from the environment when it was loaded."""
+    unset = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    inherited = {name: value for name, value in os.environ.items() if name not in unset}
+    result = subprocess.run(
+        [sys.executable, "-c", "import course_lib, torch"],
+        env=inherited | environment | {"OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr

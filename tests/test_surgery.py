@@ -12,7 +12,6 @@ from transformers import (
     BertConfig,
     BloomConfig,
     FalconConfig,
-    GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
@@ -26,6 +25,7 @@ from course_lib import hub, surgery
 from course_lib.lora import add_lora, lora_layers
 from course_lib.runtime import CourseError
 from course_lib.surgery import count_parameters, default_targets, empty_model, find_layers, lora_parameters
+from tests.fixtures.models import GPT2, small_gpt2
 
 SMALL = {
     "vocab_size": 64,
@@ -43,13 +43,8 @@ FAMILIES = [
     OPTConfig(**SMALL, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32),
     FalconConfig(**SMALL),
     BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),
-    GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
+    GPT2,
 ]
-
-
-def small_gpt2():
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(FAMILIES[-1]).eval()
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])

@@ -1,93 +1,77 @@
-"""Tests of course_lib.training: the library's loss, whole checkpoints, and stops with advice."""
+"""Tests of course_lib.training: the Trainer's steps, its two seams, several processes, and stops with advice."""
 
 import dataclasses
-import os
+import functools
 import shutil
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
-from course_lib import models, training
+from course_lib import sealing
 from course_lib.alpaca import Record
-from course_lib.batching import IGNORED, Example, collate, encode, encode_prompt, encode_records
+from course_lib.batching import IGNORED, Example, collate, encode, encode_prompt, encode_records, training_order
+from course_lib.checkpoints import CheckpointError
 from course_lib.evaluation import generate
+from course_lib.lora import add_lora
+from course_lib.objective import summed_loss, supervised_loss
 from course_lib.runtime import GIB, CourseError, Gpu, decide
-from course_lib.training import TrainingError, finetune, supervised_loss
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-QUIET = lambda line: None  # noqa: E731
-RECORDS = [Record(f"Say the number {n}.", f"It is {n * 7}.") for n in range(20)]
-
-
-def fresh_tiny():
-    return models.load("tiny", decide(gpu=None, override=None, cores=2, memory_bytes=8 * GIB))
+from course_lib.training import TrainingError, finetune
+from tests.fixtures.models import CPU, fresh_tiny
+from tests.fixtures.processes import in_two_processes
+from tests.fixtures.rows import first_fast
+from tests.fixtures.runs import QUIET, RECORDS, overflow, same_weights, took_the_same_steps, train
 
 
-def train(machine, base=None, records=RECORDS, **options):
-    base = base or fresh_tiny()
-    examples = encode_records(records, base.tokenizer, max_tokens=1000).examples
-    options = {"steps": 6, "batch_size": 4, "learning_rate": 1e-3, "say": QUIET, **options}
-    return base, finetune(base, examples, machine, **options)
+class Oracle(Trainer):
+    """transformers' Trainer with the loss of the course."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return summed_loss(model, inputs) / num_items_in_batch
 
 
-def same_weights(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
-
-
-def took_the_same_steps(one, other):
-    """Up to rounding, compared as whole updates: where a gradient is almost zero, Adam turns its rounding into a step."""
-    before, one, other = (
-        torch.cat([weight.detach().flatten() for weight in base.model.parameters()]) for base in (fresh_tiny(), one, other)
+def trained_by_the_trainer(base, folder, steps, batch_size, accumulate):
+    examples = encode_records(RECORDS, base.tokenizer, max_tokens=1000).examples
+    order = training_order([*map(len, examples)], steps, batch_size * accumulate, group_by_length=False, seed=0)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulate,
+        train_sampling_strategy="sequential",
+        learning_rate=1e-3,
+        warmup_steps=2,
+        weight_decay=0.0,
+        use_cpu=True,
+        save_strategy="no",
+        logging_steps=1,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
     )
-    return (one - other).norm() < 1e-3 * (other - before).norm()
+    oracle = Oracle(
+        model=base.model,
+        args=arguments,
+        train_dataset=[examples[index] for index in order],
+        data_collator=lambda batch: collate(batch, base.tokenizer.pad_token_id),
+    )
+    oracle.train()
+    base.model.eval()
+    return [entry["loss"] for entry in oracle.state.log_history if "loss" in entry]
 
 
-def library_loss_and_gradients(base, batch):
-    base.model.zero_grad()
-    loss = base.model(**batch).loss
-    loss.backward()
-    return loss.detach(), [weight.grad.clone() for weight in base.model.parameters()]
-
-
-@pytest.mark.parametrize("name", ["tiny", "smollm2"])
-def test_loss_and_gradients_equal_the_librarys(request, name, records):
-    base = request.getfixturevalue(name)
-    batch = collate([encode(record, base.tokenizer) for record in records], base.tokenizer.pad_token_id)
-    expected_loss, expected_gradients = library_loss_and_gradients(base, batch)
-    base.model.zero_grad()
-    loss = supervised_loss(base.model, batch)
-    loss.backward()
-    torch.testing.assert_close(loss.detach(), expected_loss, atol=1e-6, rtol=0)
-    scale = max(gradient.abs().max() for gradient in expected_gradients)
-    for weight, expected in zip(base.model.parameters(), expected_gradients, strict=True):
-        torch.testing.assert_close(weight.grad / scale, expected / scale, atol=1e-6, rtol=0)
-    base.model.zero_grad()
-
-
-def test_loss_equals_cross_entropy_written_out(tiny):
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, 1536, (3, 17), generator=generator)
-    labels = torch.where(torch.rand(3, 17, generator=generator) < 0.5, ids, IGNORED)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    log_p = tiny.model(input_ids=ids).logits.log_softmax(-1)
-    terms = [-log_p[n, t - 1, labels[n, t]] for n in range(3) for t in range(1, 17) if labels[n, t] != IGNORED]
-    torch.testing.assert_close(supervised_loss(tiny.model, batch), torch.stack(terms).mean())
-    torch.testing.assert_close(supervised_loss(tiny.model, batch, reduction="sum"), torch.stack(terms).sum())
-
-
-def test_the_loss_leaves_no_hook_behind(tiny, records):
-    batch = collate([encode(records[0], tiny.tokenizer)], tiny.tokenizer.pad_token_id)
-    supervised_loss(tiny.model, batch)
-    assert tiny.model(input_ids=batch["input_ids"]).logits.shape == (*batch["input_ids"].shape, 1536)
-
-
-def test_a_batch_without_supervised_tokens_is_refused(tiny):
-    batch = collate([Example([5, 6, 7], [IGNORED] * 3)], pad_id=2)
-    with pytest.raises(TrainingError, match="no supervised token"):
-        supervised_loss(tiny.model, batch)
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("method", ["full", "LoRA"])
+def test_losses_and_weights_equal_the_trainers_to_the_last_bit(method, accumulate, machine, tmp_path, capsys):
+    ours, theirs = fresh_tiny(), fresh_tiny()
+    for base in (ours, theirs):
+        if method == "LoRA":
+            add_lora(base.model, 4, 8)
+    options = {"steps": 6, "batch_size": 4 // accumulate, "accumulate": accumulate}
+    _, run = train(machine, ours, warmup_steps=2, **options)
+    expected = trained_by_the_trainer(theirs, tmp_path, **options)
+    assert run.losses == expected
+    assert same_weights(ours, theirs)
 
 
 def test_a_batch_overfits_and_is_reproduced(machine, tiny):
@@ -125,49 +109,6 @@ def test_frozen_weights_stay(machine, tiny):
     train(machine, base=tiny)
     changed = {name for name, weight in tiny.model.named_parameters() if not torch.equal(weight, before[name])}
     assert changed == {name for name, weight in tiny.model.named_parameters() if weight.requires_grad}
-
-
-@pytest.mark.parametrize("group_by_length", [False, True])
-def test_every_epoch_shows_every_example_once(group_by_length):
-    order = training.training_order(list(range(1, 11)), steps=5, examples_per_step=4, group_by_length=group_by_length, seed=0)
-    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
-    assert order[:10] != order[10:]
-
-
-# --- checkpoints
-
-
-def test_a_resumed_run_equals_an_unbroken_one(machine, tmp_path):
-    unbroken, expected = train(machine)
-    train(machine, folder=tmp_path, save_every=2)
-    shutil.rmtree(tmp_path / "checkpoint-6")  # as if the process had died after step 4
-    lines = []
-    resumed, run = train(machine, folder=tmp_path, save_every=2, say=lines.append)
-    assert lines == ["going on from checkpoint-4"] == run.notes
-    assert run.resumed_at == 4
-    assert run.losses == expected.losses
-    assert same_weights(resumed, unbroken)
-
-
-def test_a_finished_run_is_not_trained_again(machine, tmp_path):
-    first, _ = train(machine, folder=tmp_path, save_every=3)
-    second, run = train(machine, folder=tmp_path, save_every=3)
-    assert run.resumed_at == 6
-    assert same_weights(first, second)
-
-
-def test_only_the_newest_checkpoints_are_kept(machine, tmp_path):
-    train(machine, folder=tmp_path, save_every=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-6"]
-
-
-def test_folders_of_other_programs_are_left_alone(machine, tmp_path):
-    for name in ("checkpoint-1", "checkpoint-100", "checkpoint-best"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "checkpoint-7").write_text("a file")
-    train(machine, folder=tmp_path, save_every=2)
-    kept = sorted(path.name for path in tmp_path.iterdir())
-    assert kept == ["checkpoint-1", "checkpoint-100", "checkpoint-4", "checkpoint-6", "checkpoint-7", "checkpoint-best"]
 
 
 # --- what stops a run, and what it says
@@ -233,57 +174,171 @@ def test_autocast_is_taken_off_the_model_after_training(machine, tiny):
     assert tiny.model(torch.tensor([[5, 6]])).logits.dtype == torch.float32
 
 
-def test_two_processes_take_the_same_steps_as_one(machine, tmp_path):
-    code = """
-        import torch
-        from course_lib import runtime
-        from tests.test_training import train
-        machine = runtime.decide(None, None, 2, 8 * runtime.GIB)
-        base, run = train(machine, batch_size=2, steps=3)
-        if torch.distributed.get_rank() == 0:
-            torch.save([weight.detach() for weight in base.model.parameters()], {target!r})
-    """
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(code).format(target=str(tmp_path / "weights.pt")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    one, _ = train(machine, batch_size=4, steps=3)
-    for weight, other in zip(one.model.parameters(), torch.load(tmp_path / "weights.pt"), strict=True):
-        torch.testing.assert_close(weight, other, atol=2e-4, rtol=0)
+def weights_and_run(method, folder, **options):
+    """What a process trains: its weights, and what it did; with what it said."""
+    base, said = fresh_tiny(), []
+    if method == "LoRA":
+        add_lora(base.model, 4, 8)
+    _, run = train(CPU, base, say=said.append, **options, **({"folder": folder, "save_every": 2} if folder else {}))
+    return [weight.detach().numpy() for weight in base.model.parameters()], run, said
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), (True, False)), ((8, 0), (False, True))])
-def test_the_dtype_of_the_machine_reaches_the_trainer(capability, expected, monkeypatch, tiny):
-    machine = decide(Gpu("Fake", capability, 15 * GIB), None, cores=2, memory_bytes=8 * GIB)
-    seen = {}
-
-    class Stop(Exception):
-        pass
-
-    def arguments(**options):
-        seen.update(options)
-        raise Stop
-
-    monkeypatch.setattr(training, "TrainingArguments", arguments)
-    with pytest.raises(Stop):
-        train(machine, base=tiny)
-    assert (seen["fp16"], seen["bf16"]) == expected
-    assert seen["use_cpu"] is False
+def as_close_as(weights, others, atol):
+    torch.testing.assert_close([*map(torch.from_numpy, weights)], [*map(torch.from_numpy, others)], atol=atol, rtol=0)
 
 
-def test_the_fp16_arithmetic_of_a_t4_trains_float32_weights(tiny, records):
-    """What the Trainer does on a T4, on the CPU: autocast to fp16, a GradScaler, float32 weights."""
-    batch = collate([encode(record, tiny.tokenizer) for record in records], tiny.tokenizer.pad_token_id)
-    optimizer, scaler, losses = torch.optim.AdamW(tiny.model.parameters(), lr=1e-3), torch.amp.GradScaler("cpu"), []
-    for _ in range(5):
+@pytest.mark.parametrize(("method", "accumulate"), first_fast([("LoRA", 2), ("LoRA", 1), ("full", 1), ("full", 2)]))
+def test_two_processes_take_the_same_steps_as_one(method, accumulate, tmp_path):
+    weights, run, _ = weights_and_run(method, None, steps=3, batch_size=4, accumulate=accumulate)
+    options = {"steps": 3, "batch_size": 2, "accumulate": accumulate}
+    for theirs, their_run, _ in in_two_processes(tmp_path, functools.partial(weights_and_run, method, None, **options)):
+        as_close_as(theirs, weights, atol=1e-4)
+        assert their_run.losses == pytest.approx(run.losses, abs=1e-5)
+        assert their_run.tokens == run.tokens
+
+
+def test_two_processes_keep_whole_checkpoints_and_go_on_from_them(tmp_path):
+    run_folder = tmp_path / "run"
+    train_here = functools.partial(weights_and_run, "full", run_folder, steps=4, batch_size=2)
+    (weights, unbroken, _), _ = in_two_processes(tmp_path, train_here)
+    assert sorted(path.name for path in run_folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert [sealing.check(run_folder / f"checkpoint-{step}")["processes"] for step in (2, 4)] == [2, 2]
+    shutil.rmtree(run_folder / "checkpoint-4")
+    for rank, (again, run, said) in enumerate(in_two_processes(tmp_path, train_here)):
+        assert run.resumed_at == 2
+        assert run.losses == unbroken.losses
+        assert all((one == other).all() for one, other in zip(again, weights, strict=True))
+        assert said == (["going on from checkpoint-2"] if rank == 0 else [])
+
+
+@pytest.mark.slow
+def test_one_process_does_not_go_on_from_a_checkpoint_of_two(machine, tmp_path):
+    train_here = functools.partial(weights_and_run, "full", tmp_path / "run", steps=2, batch_size=2)
+    in_two_processes(tmp_path, train_here)
+    with pytest.raises(CheckpointError, match="of another run .*processes 2 there, 1 now"):
+        train(machine, folder=tmp_path / "run", save_every=2, steps=2, batch_size=4)
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_the_dtype_of_the_machine_is_what_the_model_computes_in(capability, expected, tiny):
+    gpu = decide(Gpu("Fake", capability, 15 * GIB), None, cores=2, memory_bytes=8 * GIB)
+    computed_in = set()
+    tiny.model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: computed_in.add(output.dtype))
+    train(dataclasses.replace(gpu, device="cpu"), tiny, steps=6)  # the scale takes some to fit
+    assert computed_in == {expected}
+    assert {weight.dtype for weight in tiny.model.parameters()} == {torch.float32}
+
+
+def test_the_fp16_steps_of_a_t4_are_those_of_autocast_and_gradscaler(machine):
+    """A T4's arithmetic on the CPU: forward in fp16, a scaled loss, float32 weights."""
+    ours, by_hand = fresh_tiny(), fresh_tiny()
+    _, run = train(dataclasses.replace(machine, dtype="float16"), ours, steps=5, batch_size=20)
+    examples = encode_records(RECORDS, by_hand.tokenizer, max_tokens=1000).examples
+    order = training_order([*map(len, examples)], 5, 20, group_by_length=False, seed=0)
+    optimizer = torch.optim.AdamW(by_hand.model.parameters(), weight_decay=0.0, fused=True)
+    scaler, losses = torch.amp.GradScaler("cpu"), []
+    by_hand.model.train()
+    for step in range(5):
+        batch = collate([examples[index] for index in order[20 * step : 20 * step + 20]], by_hand.tokenizer.pad_token_id)
         with torch.autocast("cpu", dtype=torch.float16):
-            loss = supervised_loss(tiny.model, batch)
+            loss = supervised_loss(by_hand.model, batch)
         scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(by_hand.model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 1e-3 * (5 - step) / 5
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses == sorted(losses, reverse=True)
-    assert all(weight.dtype == torch.float32 for weight in tiny.model.parameters())
+    assert run.losses == losses
+    assert same_weights(ours, by_hand)
+
+
+# --- the two seams
+
+
+def test_a_loss_of_ones_own_is_a_sum_and_is_divided_by_the_tokens_of_the_step(machine):
+    """Twice the loss trains as the loss does, since AdamW divides by the gradient's size and clipping shortens it."""
+    seen = []
+
+    def doubled(model, batch):
+        seen.append(int((batch["labels"][:, 1:] != IGNORED).sum()))
+        return 2 * summed_loss(model, batch)
+
+    _, run = train(machine, loss=doubled, steps=2, accumulate=2)
+    _, expected = train(machine, steps=2, accumulate=2)
+    assert run.losses[0] == pytest.approx(2 * expected.losses[0])
+    assert len(seen) == 4
+    assert sum(seen) == run.supervised_tokens
+
+
+class Spy:
+    """An after_step with a state: how many supervised gradients it has seen."""
+
+    def __init__(self):
+        self.steps, self.norms, self.total = [], [], torch.zeros(())
+
+    def __call__(self, model, step):
+        self.steps.append(step)
+        self.norms.append(torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters()]).item())
+        self.total += self.norms[-1]
+
+    def state_dict(self):
+        return {"total": self.total}
+
+    def load_state_dict(self, state):
+        self.total = state["total"].clone()
+
+
+def test_after_a_step_the_weights_are_new_and_the_clipped_gradients_still_there(machine, tiny):
+    before, spy = tiny.model.model.norm.weight.detach().clone(), Spy()
+
+    def after_step(model, step):
+        assert model is tiny.model
+        if step == 2:  # the first has the learning rate 0
+            assert not torch.equal(model.model.norm.weight, before)
+        spy(model, step)
+
+    train(machine, tiny, steps=3, warmup_steps=1, after_step=after_step)
+    assert spy.steps == [1, 2, 3]
+    assert all(0 < norm <= 1 + 1e-5 for norm in spy.norms)
+    assert all(weight.grad is None for weight in tiny.model.parameters())
+
+
+def test_after_step_is_not_called_for_a_skipped_step(machine, tiny):
+    overflow(tiny, [3])
+    spy = Spy()
+    train(dataclasses.replace(machine, dtype="float16"), tiny, steps=4, after_step=spy)
+    assert 3 not in spy.steps
+    assert spy.steps[-1] == 4
+
+
+def test_what_after_step_changes_stays_changed(machine, tiny):
+    """As AdaLoRA needs it: called before the optimizer's step, AdamW would move the zeroed weights again."""
+
+    def prune(model, step):
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight[:10] = 0
+
+    train(machine, tiny, steps=3, after_step=prune)
+    assert not tiny.model.model.layers[0].mlp.up_proj.weight[:10].any()
+
+
+def test_the_state_of_after_step_goes_on_with_the_run(machine, tmp_path):
+    unbroken = Spy()
+    train(machine, steps=4, after_step=unbroken)
+    train(machine, steps=4, after_step=Spy(), folder=tmp_path, save_every=2)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = Spy()
+    train(machine, steps=4, after_step=resumed, folder=tmp_path, save_every=2)
+    assert resumed.steps == [3, 4]
+    assert torch.equal(resumed.total, unbroken.total)
+
+
+def test_a_run_with_other_seams_is_another_run(machine, tmp_path):
+    options = {"steps": 2, "folder": tmp_path, "save_every": 2}
+    train(machine, **options)
+    with pytest.raises(CheckpointError, match="after_step NoneType there, Spy now"):
+        train(machine, after_step=Spy(), **options)
+    with pytest.raises(CheckpointError, match="loss summed_loss there, .*lambda.* now"):
+        train(machine, loss=lambda model, batch: summed_loss(model, batch), **options)

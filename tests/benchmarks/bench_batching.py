@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from course_lib import alpaca, batching, models, runtime, training
+from course_lib import alpaca, batching, models, objective, runtime
 from tests.benchmarks.measuring import interleaved
 
 BATCH = 8
@@ -56,7 +56,7 @@ def steps_over(
         with runtime.measure() as cost:
             for rows in batches:
                 batch = collate(rows, base.tokenizer.pad_token_id)
-                training.supervised_loss(base.model, batch).backward()
+                objective.supervised_loss(base.model, batch).backward()
                 torch.nn.utils.clip_grad_norm_(base.model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -78,7 +78,7 @@ def losses(base: models.Loaded, collate: Callable, batches: list[Sequence]) -> d
     found = {}
     for examples in batches:
         with torch.inference_mode():
-            logits, right = training.supervised_logits(base.model, collate(examples, base.tokenizer.pad_token_id))
+            logits, right = objective.supervised_logits(base.model, collate(examples, base.tokenizer.pad_token_id))
             token_losses = torch.nn.functional.cross_entropy(logits, right, reduction="none")
         counts = [len(example.supervised_ids) for example in flat(examples)]
         for example, part in zip(flat(examples), token_losses.split(counts), strict=True):

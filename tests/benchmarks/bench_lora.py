@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from course_lib import batching, evaluation, fusion, lora, memory, models, peft_format, runtime, training
+from course_lib import batching, evaluation, fusion, lora, memory, models, objective, peft_format, runtime
 from tests.benchmarks.bench_batching import slices, steps_over
 from tests.benchmarks.bench_training import encoded
 from tests.benchmarks.measuring import Arm, interleaved
@@ -74,7 +74,7 @@ def steps(base: models.Loaded, batches: list[list[batching.Example]]) -> Arm:
 def losses(base: models.Loaded, batches: list[list[batching.Example]]) -> list[float]:
     with torch.inference_mode():
         return [
-            training.supervised_loss(base.model, batching.collate(batch, base.tokenizer.pad_token_id)).item() for batch in batches
+            objective.supervised_loss(base.model, batching.collate(batch, base.tokenizer.pad_token_id)).item() for batch in batches
         ]
 
 
@@ -113,7 +113,7 @@ def test_lora_is_faster_than_full_fine_tuning(base, batches, row):
 def activations_and_gradients(base: models.Loaded, batch: list[batching.Example]) -> tuple[int, list[Tensor]]:
     base.model.train()  # transformers checkpoints only while it trains
     rows = batching.collate(batch, base.tokenizer.pad_token_id)
-    loss, size = memory.activation_bytes(base.model, lambda: training.supervised_loss(base.model, rows))
+    loss, size = memory.activation_bytes(base.model, lambda: objective.supervised_loss(base.model, rows))
     trained = [weight for weight in base.model.parameters() if weight.requires_grad]
     return size, list(torch.autograd.grad(loss, trained))
 

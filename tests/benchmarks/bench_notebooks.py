@@ -12,14 +12,15 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from course_lib import notebooks
+from tools import notebooks
 
-NOTEBOOKS = notebooks.find_notebooks(Path(__file__).parents[2] / "notebooks")
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = notebooks.find_notebooks(ROOT / "notebooks")
 # A process of its own: a kernel's memory is sampled from its fork on, and a fork begins with the memory of what forked it.
 EXECUTE = """
 import sys
 from pathlib import Path
-from course_lib import notebooks
+from tools import notebooks
 execution = notebooks.execute(Path(sys.argv[1]))
 print(execution.failure or f"done {execution.seconds} {execution.peak_bytes}")
 """
@@ -28,7 +29,8 @@ CELL = re.compile(r"cell (\d+)/\d+: (\d+) s$", re.MULTILINE)  # what `execute` p
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_takes_three_minutes_and_four_gigabytes_at_most(path, row):
-    printed = subprocess.run([sys.executable, "-c", EXECUTE, str(path)], check=True, capture_output=True, text=True).stdout
+    command = [sys.executable, "-c", EXECUTE, str(path)]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     done, *numbers = printed.splitlines()[-1].split()
     assert done == "done", printed
     seconds, peak_bytes = map(float, numbers)

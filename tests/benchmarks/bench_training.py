@@ -28,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from course_lib import alpaca, batching, evaluation, models, runtime, training
+from course_lib import alpaca, batching, evaluation, models, objective, runtime, training
 from course_lib.alpaca import Record
 from tests.benchmarks.measuring import Rounds, interleaved
 
@@ -77,9 +77,8 @@ def tokenized_alike(record: Record, tokenizer: PreTrainedTokenizerBase) -> bool:
     return len(example) <= MAX_TOKENS and tokenizer(record.prompt + record.output)["input_ids"] == example.input_ids[:-1]
 
 
-def library_loss(model: nn.Module, batch: dict[str, Tensor], reduction: str) -> Tensor:
+def library_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """What the Trainer computes without us: all positions go through the head."""
-    assert reduction == "sum"
     return model(**batch, use_cache=False, num_items_in_batch=1).loss
 
 
@@ -100,7 +99,7 @@ class Arms:
         if arm not in self.held_out:
             self.held_out[arm] = evaluation.score_answers(base, self.load.held_out, batch_size=4).loss
 
-    def ours(self, arm: str = "ours") -> tuple[float, Work]:
+    def ours(self, arm: str = "ours", loss: training.Loss = objective.summed_loss) -> tuple[float, Work]:
         base = self.fresh()
         examples = encoded(base, self.load.records)
         if self.method == "LoRA":
@@ -115,6 +114,7 @@ class Arms:
                 batch_size=self.load.batch,
                 learning_rate=LEARNING_RATES[self.method],
                 seed=SEED,
+                loss=loss,
                 progress=False,
             )
         assert len(run.losses) == self.load.steps
@@ -122,8 +122,7 @@ class Arms:
         return cost.seconds, (len(examples), run.supervised_tokens)
 
     def ours_with_library_loss(self) -> tuple[float, Work]:
-        with mock.patch.object(training, "supervised_loss", library_loss):
-            return self.ours("library's loss")
+        return self.ours("library's loss", library_loss)
 
     def trl(self) -> tuple[float, Work]:
         from datasets import Dataset
@@ -133,7 +132,7 @@ class Arms:
         examples = encoded(base, self.load.records)
         lengths, order = [len(example) for example in examples], list(range(len(examples)))
         if self.load.same_batches:
-            order = training.training_order(lengths, self.load.steps, self.load.batch, False, SEED)
+            order = batching.training_order(lengths, self.load.steps, self.load.batch, False, SEED)
         records = [self.load.records[index] for index in order]
         trainer = SFTTrainer(
             model=base.model,

@@ -7,6 +7,7 @@ import torch
 
 from course_lib import batching, training
 from course_lib.alpaca import DataError, Record, read_records
+from course_lib.runtime import CourseError
 
 GOOD = [{"instruction": "Add.", "input": "1 + 1", "output": "2"}, {"instruction": "Name a fruit.", "output": "梨"}]
 WHOLE = json.dumps(GOOD, ensure_ascii=False, indent=1)
@@ -82,7 +83,7 @@ def test_an_example_with_nothing_to_train_on_is_refused_before_the_first_step(ma
     before = {name: weight.clone() for name, weight in tiny.model.state_dict().items()}
     good = batching.encode(KEPT[0], tiny.tokenizer)
     masked = batching.Example(good.input_ids, [batching.IGNORED] * len(good))
-    with pytest.raises(training.TrainingError, match="example 2 has no supervised token") as error:
+    with pytest.raises(CourseError, match="example 2 has no supervised token") as error:
         training.finetune(tiny, [good, masked], machine, steps=1, batch_size=2, learning_rate=1e-3, progress=False)
     after = tiny.model.state_dict()
     survived(said=error.value, lost=[name for name in before if not torch.equal(before[name], after[name])])

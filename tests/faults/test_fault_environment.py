@@ -1,13 +1,12 @@
 """F34: old packages, a kernel older than its packages, and what else a preflight can see before the first cell is run."""
 
-# ruff: noqa: F401, F811 (fixtures that are imported)
-
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from course_lib import notebooks, preflight, runtime
-from tests.test_preflight import course_requires, disk_with, doctor, empty_cache, lines, site, write_package
+from course_lib import preflight
+from tests.fixtures.packages import disk_with, doctor, lines, write_package
+from tools import notebooks
 
 REQUIRE = "from course_lib import preflight; preflight.require()"
 

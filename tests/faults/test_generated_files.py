@@ -168,6 +168,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("generated")
 
 
+@pytest.mark.slow
 @settings(STEADY, max_examples=3500)
 @given(file=broken(rows.flatmap(written)))
 def test_a_broken_file_is_refused_in_one_line_or_read_with_every_row_accounted_for(folder, file):
@@ -175,6 +176,7 @@ def test_a_broken_file_is_refused_in_one_line_or_read_with_every_row_accounted_f
     check_reader(read_records, folder / f"people{suffix}", content, rows_in)
 
 
+@pytest.mark.slow
 @settings(STEADY, max_examples=700)
 @given(file=broken(st.lists(st.one_of(*[tasks] * 8, mistaken_tasks, values), max_size=4).flatmap(written)))
 def test_a_broken_file_of_seed_tasks_is_refused_in_one_line_or_read_with_every_instance_accounted_for(folder, file):

@@ -10,15 +10,22 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+
+import jinja2
+import nbformat
+import psutil
+from jupyter_client.kernelspec import NoSuchKernel
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbconvert import HTMLExporter
+from nbformat import NotebookNode
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from course_lib.runtime import GIB, SAMPLING_SECONDS, CourseError, first_line
+from tools import patience
 
-if TYPE_CHECKING:
-    from nbformat import NotebookNode
-
-CELL_SECONDS = 600
-SLOW_SECONDS = 5
+SLOW_SECONDS = 5  # a cell that took longer is named
+LONG_SECONDS = 60  # and one that still runs says so
 WEEK = {
     1: ("alpaca", "Alpaca data: from next-word prediction to following instructions"),
     2: ("lora", "LoRA: the update has low rank"),
@@ -35,7 +42,7 @@ class Execution:
     """One executed notebook. failure: "" or a line naming the cell and its error; peak_bytes: of the kernel's process."""
 
     path: Path
-    notebook: "NotebookNode"
+    notebook: NotebookNode
     seconds: float
     peak_bytes: int
     failure: str
@@ -60,72 +67,97 @@ def find_notebooks(folder: Path, day: int | None = None) -> list[Path]:
 
 
 def execute(path: Path) -> Execution:
-    """Run all cells on a fresh kernel, showing progress. A failing cell ends this notebook and is reported, not raised."""
-    import nbformat
-    import psutil
-    from jupyter_client.kernelspec import NoSuchKernel
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    """Run all cells on a fresh kernel, showing progress. A failing cell ends this notebook and is reported, not raised.
 
+    No cell has a time limit; a kernel that hangs is given up by `patience.Watch`.
+    """
     try:
         notebook = nbformat.read(path, as_version=4)
     except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
         return Execution(path, nbformat.v4.new_notebook(), 0.0, 0, f"not a notebook ({first_line(error)}): restore it")
-    cells = [index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
-    started: dict[int, float] = {}
-    peak_bytes, done, failure = 0, threading.Event(), ""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("cells"), TimeElapsedColumn()
     with Progress(*columns) as progress:
-        task = progress.add_task(path.stem, total=len(cells))
-
-        def begin(cell: "NotebookNode", cell_index: int) -> None:
-            started[cell_index] = perf_counter()
-
-        def end(cell: "NotebookNode", cell_index: int, execute_reply: dict) -> None:
-            progress.advance(task)
-            seconds = perf_counter() - started[cell_index]
-            if seconds > SLOW_SECONDS:
-                progress.console.print(f"  {path.stem} cell {cells.index(cell_index) + 1}/{len(cells)}: {seconds:.0f} s")
-
-        def place() -> str:
-            return f"cell {cells.index(max(started)) + 1 if started else 0}/{len(cells)}"
-
-        def sample() -> None:
-            nonlocal peak_bytes
-            while not done.wait(SAMPLING_SECONDS):
-                try:
-                    peak_bytes = max(peak_bytes, psutil.Process(client.km.provisioner.pid).memory_info().rss)
-                except (AttributeError, TypeError, psutil.Error):
-                    continue  # the kernel is not there yet, or no longer
-
+        run = _Run(path, notebook, progress)
         client = NotebookClient(
             notebook,
-            timeout=CELL_SECONDS,
+            timeout=None,
             record_timing=False,
             coalesce_streams=True,
             extra_arguments=["--log-level=40"],  # errors only: the kernel's advice on encryption is not for learners
             resources={"metadata": {"path": str(path.parent)}},
-            on_cell_start=begin,
-            on_cell_executed=end,
+            on_cell_execute=run.cell_starts,
+            on_cell_executed=run.cell_ends,
         )
         start = perf_counter()
-        threading.Thread(target=sample, daemon=True).start()
+        threading.Thread(target=run.look_after, args=(client,), daemon=True).start()
         try:
             client.execute()
         except CellExecutionError as error:
-            failure = f"{place()}: {error.ename}: {error.evalue.partition(chr(10))[0]}"
-        except (CellTimeoutError, DeadKernelError) as error:
-            failure = f"{place()}: {first_line(error)}"
+            failure = f"{run.place}: {error.ename}: {error.evalue.partition(chr(10))[0]}"
+        except DeadKernelError as error:
+            failure = f"{run.place}: {run.given_up or first_line(error)}"
         except (OSError, RuntimeError, NoSuchKernel) as error:
             failure = f"the kernel did not start: {first_line(error)}"
+        else:
+            failure = ""
         finally:
-            done.set()
+            run.over.set()
     tidy(notebook)
-    return Execution(path, notebook, perf_counter() - start, peak_bytes, failure)
+    return Execution(path, notebook, perf_counter() - start, run.peak_bytes, failure)
 
 
-def tidy(notebook: "NotebookNode") -> None:
+class _Run:
+    """A notebook while it runs: where it is, what it takes, and whether its kernel still computes."""
+
+    def __init__(self, path: Path, notebook: NotebookNode, progress: Progress):
+        self.name, self.progress = path.stem, progress
+        self.cells = [index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+        self.task = progress.add_task(self.name, total=len(self.cells))
+        self.number, self.started, self.said = 0, perf_counter(), 0.0
+        self.peak_bytes, self.given_up, self.over = 0, "", threading.Event()
+
+    @property
+    def place(self) -> str:
+        return f"cell {self.number}/{len(self.cells)}"
+
+    @property
+    def seconds(self) -> float:
+        """Of the cell that runs."""
+        return perf_counter() - self.started
+
+    def cell_starts(self, cell: NotebookNode, cell_index: int) -> None:
+        self.number, self.started, self.said = self.cells.index(cell_index) + 1, perf_counter(), 0.0
+
+    def cell_ends(self, cell: NotebookNode, cell_index: int, execute_reply: dict) -> None:
+        self.progress.advance(self.task)
+        if self.seconds > SLOW_SECONDS:
+            self.progress.console.print(f"  {self.name} {self.place}: {self.seconds:.0f} s")
+
+    def look_after(self, client: NotebookClient) -> None:
+        """Measure the kernel's memory, say that a long cell lives, and end a kernel that hangs."""
+        watch, number, looked = None, 0, 0.0
+        while not self.over.wait(SAMPLING_SECONDS):
+            try:
+                pid = client.km.provisioner.pid
+                self.peak_bytes = max(self.peak_bytes, psutil.Process(pid).memory_info().rss)
+            except (AttributeError, TypeError, psutil.Error):
+                continue  # the kernel is not there yet, or no longer
+            if perf_counter() - looked < patience.LOOK_SECONDS:
+                continue
+            looked = perf_counter()
+            if watch is None or number != self.number:
+                watch, number = patience.Watch(pid), self.number
+            self.given_up = watch.look()
+            if self.given_up:
+                patience.kill(pid)
+                return
+            if self.seconds - self.said >= LONG_SECONDS:
+                self.said = self.seconds
+                used = f"{watch.used:.0f} CPU-seconds"
+                self.progress.console.print(f"  {self.name} {self.place}: still computing, {self.seconds:.0f} s, {used}")
+
+
+def tidy(notebook: NotebookNode) -> None:
     """Remove what differs between two runs and tells nothing: timestamps, widget ids, passing states of progress bars."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
@@ -140,9 +172,6 @@ def write_page(executions: list[Execution], target: Path, slides: Path) -> Path:
 
     Returns the path of index.html.
     """
-    import jinja2
-    from nbconvert import HTMLExporter
-
     target.mkdir(parents=True, exist_ok=True)
     # without addresses of scripts the page asks nothing from the network
     exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="", theme="light")

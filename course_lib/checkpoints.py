@@ -1,0 +1,248 @@
+"""Checkpoints of a training run: whole or absent, without pickles, and only of this very run.
+
+    checkpoint-STEP/weights.safetensors      the weights that train, by their names in the model
+                    optimizer.safetensors    what the optimizer keeps of each of them: 0.exp_avg, ...
+                    random.safetensors       the states of torch's generators, of every process
+                    after_step.safetensors   the state of the run's `after_step`, if it has one
+                    progress.json            what `finetune` counts: losses, the scale of fp16
+                    SEAL.json                checksums, and the settings of the run
+
+Frozen weights are not kept, since the base has them. A folder is written, sealed and renamed by the
+main process alone; one that is not whole, or of another run, is never loaded. Files of tensors and
+JSON cannot run code when they are read.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from course_lib import sealing
+from course_lib.batching import Example
+from course_lib.lora import lora_layers
+from course_lib.runtime import CourseError, first_line
+
+if TYPE_CHECKING:
+    from course_lib.models import Loaded
+
+KEPT = 2
+WEIGHTS, OPTIMIZER, RANDOM = "weights.safetensors", "optimizer.safetensors", "random.safetensors"
+AFTER_STEP, PROGRESS = "after_step.safetensors", "progress.json"
+Say = Callable[[str], None]
+
+
+class CheckpointError(CourseError):
+    """A folder or a checkpoint in it cannot be used; the message says why. It is as it was."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What changes in a run. after_step: of the run; part of its state if it has `state_dict` and `load_state_dict`."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    after_step: object
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """Keeps the checkpoints of one run in `folder` and resumes it from the newest. All processes call it, the main one writes.
+
+    every: steps from one checkpoint to the next
+    identity: JSON values; a checkpoint with others is of another run
+    say: gets a line about a resumed run, and about a checkpoint that is damaged or was not written
+    """
+
+    folder: Path
+    every: int
+    identity: Mapping[str, Any]
+    say: Say
+
+    def resume(self, state: State) -> list[float]:
+        """Load the newest whole checkpoint, if there is one; the losses of the steps that it has behind it.
+
+        Raises CheckpointError, before anything is loaded, for a folder that cannot be written, for a checkpoint of another
+        run, and for one that somebody changed and sealed again.
+        """
+        _make_writable(self.folder)
+        if PartialState().is_main_process:
+            for left in self.folder.glob(f"{sealing.PARTIAL}checkpoint-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        PartialState().wait_for_everyone()
+        checkpoint = newest(self.folder, self.identity, self.say)
+        if checkpoint is None:
+            return []
+        losses = _load(checkpoint, state)
+        self.say(f"going on from {checkpoint.name}")
+        return losses
+
+    def save(self, state: State, losses: list[float]) -> None:
+        """Write checkpoint-STEP, and of older ones keep the newest. A failure costs this checkpoint and not the run.
+
+        losses: of all steps so far
+        """
+        random_states = gather_object([_random_state()])  # one a process
+        if PartialState().is_main_process:
+            tensors = {
+                WEIGHTS: trained_weights(state.model),
+                OPTIMIZER: _flat(state.optimizer.state_dict()["state"]),
+                RANDOM: _flat(dict(enumerate(random_states))),
+            }
+            if hasattr(state.after_step, "state_dict"):
+                tensors[AFTER_STEP] = state.after_step.state_dict()
+            self._write(len(losses), tensors, {"losses": losses, "scaler": state.scaler.state_dict()})
+        PartialState().wait_for_everyone()
+
+    def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], progress: dict[str, Any]) -> None:
+        final = self.folder / f"checkpoint-{step}"
+        partial = self.folder / f"{sealing.PARTIAL}{final.name}"
+        try:
+            sealing.partial_folder(final)
+            for name, content in tensors.items():
+                save_file({key: value.contiguous() for key, value in content.items()}, partial / name)
+            (partial / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+            sealing.publish(partial, final, dict(self.identity))
+            ours = [path for path in found_in(self.folder) if (path / sealing.SEAL).is_file()]  # not of other programs
+            for old in ours[: ours.index(final) + 1][:-KEPT]:
+                with contextlib.suppress(OSError):  # renamed first: killed on the way, it leaves no half of a checkpoint
+                    shutil.rmtree(old.rename(old.with_name(f"{sealing.PARTIAL}{old.name}")))
+        except (OSError, SafetensorError) as error:
+            size = sum(value.nbytes for content in tensors.values() for value in content.values())
+            free = shutil.disk_usage(self.folder).free
+            self.say(
+                f"{final.name} was not written ({first_line(error)}): it takes about {size / 1e6:.0f} MB, "
+                f"{free / 1e6:.0f} MB are free; training goes on, older checkpoints are whole"
+            )
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _load(checkpoint: Path, state: State) -> list[float]:
+    stateful = hasattr(state.after_step, "load_state_dict")
+    names = [WEIGHTS, OPTIMIZER, RANDOM, *([AFTER_STEP] if stateful else [])]
+    weights = trained_weights(state.model)
+    try:
+        progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        losses, scaler = list(progress["losses"]), dict(progress["scaler"])
+        tensors = {name: load_file(checkpoint / name) for name in names}
+        if tensors[WEIGHTS].keys() != weights.keys():
+            raise ValueError("it has other weights")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
+        found = f"{checkpoint} is not what it was sealed as ({first_line(error)})"
+        raise CheckpointError(f"{found}: delete it, and the one before it is used") from None
+    with torch.no_grad():
+        for name, value in tensors[WEIGHTS].items():
+            weights[name].copy_(value)
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": _nested(tensors[OPTIMIZER]), "param_groups": groups})
+    _set_random_state(_nested(tensors[RANDOM])[PartialState().process_index])
+    if state.scaler.is_enabled() and scaler:  # a run that began with fp16 may go on without it, and the reverse
+        state.scaler.load_state_dict(scaler)
+    if stateful:
+        state.after_step.load_state_dict(tensors[AFTER_STEP])
+    return losses
+
+
+def newest(folder: Path, identity: Mapping[str, Any], say: Say) -> Path | None:
+    """The newest whole checkpoint in `folder`, or None; damaged ones are named and passed over.
+
+    Raises CheckpointError if it is of another run.
+    """
+    for checkpoint in reversed(found_in(folder)):
+        try:
+            saved = sealing.check(checkpoint)
+        except sealing.DamagedError as error:
+            say(f"{error}: passed over")
+            continue
+        differences = [f"{key} {saved.get(key)} there, {value} now" for key, value in identity.items() if saved.get(key) != value]
+        if differences:
+            found = f"{checkpoint} is of another run ({'; '.join(differences)})"
+            raise CheckpointError(f"{found}: use these settings again or another folder")
+        return checkpoint
+    return None
+
+
+def found_in(folder: Path) -> list[Path]:
+    """The folders called checkpoint-STEP, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.rpartition("-")[2].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def identity(base: "Loaded", drawn: Sequence[Example], loss: object, after_step: object) -> dict[str, Any]:
+    """What makes a run the one it is, beside its numbers. drawn: its examples in their order."""
+    shapes = {name: list(weight.shape) for name, weight in trained_weights(base.model).items()}
+    adapters = {  # the scales of those that are in use
+        path: {name: weight * layer.adapters[name].scale for name, weight in layer.in_use.items()}
+        for path, layer in lora_layers(base.model).items()
+    }
+    return {
+        "base": base.name,
+        "processes": PartialState().num_processes,
+        "trained weights": f"{sum(map(math.prod, shapes.values()))} ({fingerprint([shapes, adapters])})",
+        "examples": fingerprint([(example.input_ids, example.labels) for example in drawn]),
+        "loss": getattr(loss, "__qualname__", type(loss).__name__),
+        "after_step": getattr(after_step, "__qualname__", type(after_step).__name__),
+    }
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that require a gradient, by name; one that is used in two places (tied embeddings) once."""
+    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def fingerprint(content: Any) -> str:
+    """A short name for JSON values."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written ({error.strerror}): choose another folder for the checkpoints") from None
+
+
+def _flat(states: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """{0: {"exp_avg": tensor}} -> {"0.exp_avg": tensor}: a file of tensors knows no levels."""
+    return {f"{number}.{name}": value for number, state in states.items() for name, value in state.items()}
+
+
+def _nested(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """What `_flat` was made from."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        states.setdefault(int(number), {})[name] = value
+    return states
+
+
+def _random_state() -> dict[str, Tensor]:
+    """The states of torch's generators: of the CPU, and of each GPU."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "cpu": torch.get_rng_state(),
+        **{f"cuda:{number}": state for number, state in enumerate(gpus)},
+    }
+
+
+def _set_random_state(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    for device in states.keys() - {"cpu"}:
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(states[device], device)
