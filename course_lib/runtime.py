@@ -114,7 +114,7 @@ def detect() -> Machine:
 
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch, for library code that takes no generator."""
-    from transformers import set_seed
+    from accelerate.utils import set_seed
 
     set_seed(seed)
 

@@ -86,7 +86,7 @@ class Settings:
             _check_count(name, getattr(self, name))
         rate, warmup = self.learning_rate, self.warmup_steps
         if not isinstance(rate, float | int) or not 0 < rate < math.inf:
-            raise TrainingError(f"learning_rate={rate!r} must be a number above 0, for example 1e-4")
+            raise TrainingError(f"learning_rate={rate!r} must be a number above 0, such as 1e-4")
         if not isinstance(warmup, int) or not 0 <= warmup < self.steps:
             where = f"0..{self.steps - 1}, below steps={self.steps}"
             raise TrainingError(f"warmup_steps={warmup!r} must lie in {where}")
@@ -174,9 +174,8 @@ def finetune(
         base.model.eval()
         base.model.zero_grad()  # a step that was broken off leaves gradients
     if out_of_memory:  # raised here, apart from the error, which holds the activations
-        found = f"step {len(losses) + 1} ran out of memory ({out_of_memory})"
         advice = "lower batch_size, shorten the examples (max_tokens) or choose a smaller base"
-        raise TrainingError(f"{found}: {advice}")
+        raise TrainingError(f"step {len(losses) + 1} ran out of memory ({out_of_memory}): {advice}")
     seen = drawn[resumed_at * per_step :]
     tokens, supervised = sum(map(len, seen)), sum(len(one.supervised_ids) for one in seen)
     return Run(losses, cost.seconds, tokens, supervised, cost.peak_bytes, resumed_at, notes)
@@ -209,52 +208,51 @@ def _train(
     rows, per_step = size, len(drawn) // last
     pad_id, skipped = base.tokenizer.pad_token_id, []
     base.model.train()
-    bar = tqdm(None, "training", last, initial=resumed_at, unit="step", file=sys.stdout, disable=not show)
-    with bar:
-        for step in range(resumed_at + 1, last + 1):
-            # The batch: the examples of this step, and of them the micro-batches of this process.
-            examples = drawn[(step - 1) * per_step : step * per_step]
-            tokens = sum(label != IGNORED for example in examples for label in example.labels[1:])
-            starts = range(process * size, per_step, processes * size)
-            batches = [examples[start : start + size] for start in starts]
+    steps = range(resumed_at + 1, last + 1)
+    bar = tqdm(steps, "training", last, initial=resumed_at, unit="step", file=sys.stdout, disable=not show)
+    for step in bar:
+        # The batch: the examples of this step, and of them the micro-batches of this process.
+        examples = drawn[(step - 1) * per_step : step * per_step]
+        tokens = sum(label != IGNORED for example in examples for label in example.labels[1:])
+        starts = range(process * size, per_step, processes * size)
+        batches = [examples[start : start + size] for start in starts]
 
-            # Forward and backward, with fewer examples at a time where memory does not suffice.
-            take = partial(_gradients, model, batches, tokens, loss, scaler, machine, pad_id)
-            step_loss, fewer = _in_memory(take, rows, size)
-            if fewer < rows:
-                note(f"step {step} ran out of memory: it is taken with {fewer} examples at a time")
-                rows = fewer
-            if not math.isfinite(step_loss):
-                raise TrainingError(_advice(f"the loss is {step_loss}", step, settings))
+        # Forward, loss and backward (below); with fewer examples at a time where memory does not suffice.
+        passes = partial(_forward_backward, model, batches, tokens, loss, scaler, machine, pad_id)
+        step_loss, fewer = _in_memory(passes, rows, size)
+        if fewer < rows:
+            note(f"step {step} ran out of memory: it is taken with {fewer} examples at a time")
+            rows = fewer
+        if not math.isfinite(step_loss):
+            raise TrainingError(_advice(f"the loss is {step_loss}", step, settings))
 
-            # The step, at its own rate. With fp16 it is skipped if a gradient overflowed.
-            optimizer.param_groups[0]["lr"] = settings.rate_of(step)
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(weights, MAX_NORM)
-            if not (scaler.is_enabled() or norm.isfinite()):
-                raise TrainingError(_advice(f"the gradient norm is {norm.item()}", step, settings))
-            scale = scaler.get_scale()
-            scaler.step(optimizer)
-            scaler.update()
-            if scaler.get_scale() < scale:
-                skipped.append(step)
-                _check_skips(skipped, resumed_at, scaler.get_scale(), settings)
-            elif after_step is not None:
-                after_step(base.model, step)
-            optimizer.zero_grad()
+        # Clip, and take the step at its own rate. With fp16 it is skipped if a gradient overflowed.
+        optimizer.param_groups[0]["lr"] = settings.rate_of(step)
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(weights, MAX_NORM)
+        if not (scaler.is_enabled() or norm.isfinite()):
+            raise TrainingError(_advice(f"the gradient norm is {norm.item()}", step, settings))
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.get_scale() < scale:  # the sign of a skipped step
+            skipped.append(step)
+            _check_skips(skipped, resumed_at, scaler.get_scale(), settings)
+        elif after_step is not None:
+            after_step(base.model, step)
+        optimizer.zero_grad()
 
-            losses.append(step_loss)
-            bar.set_postfix_str(f"loss {step_loss:.3f}", refresh=False)
-            bar.update()
-            if keeper and (step % keeper.every == 0 or step == last):
-                keeper.save(state, losses)
+        losses.append(step_loss)
+        bar.set_postfix_str(f"loss {step_loss:.3f}", refresh=False)
+        if keeper and (step % keeper.every == 0 or step == last):
+            keeper.save(state, losses)
     if skipped:
         found = f"{len(skipped)} of {last} steps were skipped because fp16 gradients overflowed"
         note(f"{found}: the first was step {skipped[0]}, the last step {skipped[-1]}")
     return resumed_at
 
 
-def _gradients(
+def _forward_backward(
     model: nn.Module,
     batches: Sequence[Sequence[Example]],
     tokens: int,
@@ -271,8 +269,8 @@ def _gradients(
     """
     model.zero_grad()  # of an attempt that ran out of memory
     processes, device = PartialState().num_processes, next(model.parameters()).device
-    mixed = machine.dtype != "float32"
-    autocast = torch.autocast(machine.device, machine.torch_dtype, enabled=mixed)
+    dtype = machine.torch_dtype
+    autocast = torch.autocast(machine.device, dtype, enabled=dtype != torch.float32)
     parts = [batch[i : i + rows] for batch in batches for i in range(0, len(batch), rows)]
     total = torch.zeros((), device=device)
     for part in parts:
@@ -282,27 +280,27 @@ def _gradients(
         if not part_loss.requires_grad:
             found = "the loss depends on no weight that trains"
             raise TrainingError(f"{found}: choose an adapter with use_adapters")
-        alone = processes == 1 or part is parts[-1]
-        with nullcontext() if alone else model.no_sync():  # gradients meet once a step,
-            scaler.scale(part_loss * processes).backward()  # as their mean, and shall be a sum
+        meet = processes == 1 or part is parts[-1]  # gradients of processes meet once a step,
+        with nullcontext() if meet else model.no_sync():  # as their mean, and shall be a sum
+            scaler.scale(part_loss * processes).backward()
         total += part_loss.detach()
     return reduce(total, "sum").item()
 
 
-def _in_memory(take: Callable[[int], float], rows: int, size: int) -> tuple[float, int]:
-    """`take(rows)`, and how many rows it took: half as many as long as memory does not suffice.
+def _in_memory(passes: Callable[[int], float], rows: int, size: int) -> tuple[float, int]:
+    """`passes(rows)`, and how many rows it took: half as many as long as memory does not suffice.
 
     One of several processes does not try it, since the others would wait.
     """
     smallest = size if PartialState().num_processes > 1 else math.ceil(size / 2**HALVINGS)
     while True:
         try:
-            return take(rows), rows
+            return passes(rows), rows
         except RuntimeError as error:
             if not should_reduce_batch_size(error) or rows == smallest:
                 raise
-        rows = math.ceil(rows / 2)
-        clear_device_cache(garbage_collection=True)  # here: the error held the activations
+        rows = math.ceil(rows / 2)  # outside of the block, whose error holds the activations
+        clear_device_cache(garbage_collection=True)
 
 
 def _check_skips(skipped: list[int], resumed_at: int, scale: float, settings: Settings) -> None:
@@ -337,8 +335,7 @@ def check_weights(model: nn.Module) -> None:
     """Raise TrainingError if no weight requires a gradient, or one that does is not float32."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     if not trained:
-        found = "no weight of the model requires a gradient"
-        raise TrainingError(f"{found}: nothing would be trained; add an adapter")
+        raise TrainingError("no weight requires a gradient, so nothing would be trained: add an adapter")
     if dtypes := {weight.dtype for weight in trained} - {torch.float32}:
         found = f"trained weights are {dtypes.pop()}, expected float32"
         raise TrainingError(f"{found}: load the model with dtype=torch.float32")

@@ -196,7 +196,7 @@ def test_a_4_bit_base_is_the_one_that_transformers_loads(machine):
 
 
 def test_a_4_bit_base_without_an_adapter_is_not_trained(machine):
-    with pytest.raises(CourseError, match="nothing would be trained; add an adapter"):
+    with pytest.raises(CourseError, match="nothing would be trained: add an adapter"):
         train(machine, models.load("tiny", machine, quantize="nf4"))
 
 
