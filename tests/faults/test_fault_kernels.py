@@ -50,7 +50,7 @@ def test_a_kernel_that_dies_or_hangs_ends_its_notebook_soon(notebook, monkeypatc
     execution = notebooks.execute(path)
     assert perf_counter() - start < 60
     assert execution.failure == f"cell 2/3: {said}"
-    survived(said=str(execution).partition(", 1")[0], lost=[] if path.read_bytes() == before else [path])
+    survived(said=f"{execution.path.stem}: {execution.failure}", lost=[] if path.read_bytes() == before else [path])
 
 
 @pytest.mark.slow
