@@ -69,7 +69,8 @@ def test_training_together_equals_training_one_after_the_other():
     apart = with_jobs()
     for job, batches in jobs.items():
         alone = train_fused(apart, [{job: batch} for batch in batches], learning_rate=2e-3, pad_id=PAD)
-        assert losses[job] == pytest.approx(alone[job], rel=1e-4)
+        assert losses[job][0] == pytest.approx(alone[job][0], rel=1e-5)
+        assert losses[job] == pytest.approx(alone[job], rel=1e-3)  # each step multiplies the rounding
     for job in JOBS:
         use_adapters(model, job)
         use_adapters(apart, job)
