@@ -54,7 +54,7 @@ notebooks: setup  ## execute the notebooks and keep the new outputs in notebooks
 	@$(BIN)/python -m tools run --keep
 
 figures: setup  ## redraw the slides' figures and the table of the week from the notebook's outputs and data/
-	@$(BIN)/python slides/draw_figures.py
+	@$(BIN)/python -m tools figures
 
 slides: node_modules/.package-lock.json chrome  ## HTML and PDF of the decks, with notes, in build/slides (needs Node and Chromium)
 	@rm -rf build/slides && mkdir -p build/slides && cp -R slides/figures build/slides/

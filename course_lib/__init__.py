@@ -2,40 +2,41 @@
 
 Arrows point one way, from top to leaf. Importing `course_lib` imports nothing heavy.
 
-| layer  | module       | duty                                                                        |
-|--------|--------------|-----------------------------------------------------------------------------|
-| leaf   | `runtime`    | which machine this is and why; seeds; seconds and peak memory of a block    |
-| leaf   | `sealing`    | folders that are whole or absent: checksums, atomic publication             |
-| leaf   | `plots`      | arrays in, matplotlib Axes out                                              |
-| middle | `hub`        | is the Hugging Face Hub reachable, asked once and briefly                   |
-| middle | `alpaca`     | read and check instruction records, the two prompt templates, split         |
-| middle | `world`      | the generated world of the tiny model: facts, and instruction tasks over it |
-| middle | `corpus`     | what the tiny model has read: prose and quizzes about that world            |
-| middle | `models`     | the base models by name, where each comes from, fallbacks                   |
-| middle | `batching`   | tokenize, mask the prompt, pad, pack; `show_mask`                           |
-| middle | `objective`  | the loss at supervised positions, in training and in evaluation             |
-| middle | `vocabulary` | new pieces for a tokenizer, new rows for the embeddings                      |
-| middle | `memory`     | bytes of weights, gradients and optimizer states; of activations, counted   |
-| middle | `surgery`    | find and replace linear layers by name, default targets, count weights      |
-| middle | `lora`       | LoRA: add, switch, blend, merge; several adapters in one batch              |
-| middle | `peft_format` | adapters as files that peft reads, and the reverse                          |
-| upper  | `checkpoints` | a training run kept on disk: whole or absent, of this run or refused       |
-| upper  | `training`   | `finetune()`: the training loop, with two seams                             |
-| upper  | `fusion`     | several LoRA jobs trained in one batch                                      |
-| upper  | `evaluation` | `evaluate()`: valid JSON, right topic, exact match, retention               |
-| upper  | `experiments`| methods over seeds in one table: a day's sweeps, the table of the week      |
-| top    | `checks`     | `check("E1.1", my_function)`: what an exercise compares, diagnosis by symptom |
-| top    | `preflight`  | what would stop the course on this machine, a line each, with the next step |
-| top    | `__main__`   | the command line                                                            |
+| layer  | module        | duty                                                                   |
+|--------|---------------|------------------------------------------------------------------------|
+| leaf   | `runtime`     | which machine this is and why; seeds; seconds, peak memory of a block  |
+| leaf   | `sealing`     | folders that are whole or absent: checksums, atomic publication        |
+| leaf   | `plots`       | arrays in, matplotlib Axes out                                         |
+| middle | `hub`         | is the Hugging Face Hub reachable, asked once and briefly              |
+| middle | `alpaca`      | read and check instruction records, the two prompt templates, split    |
+| middle | `world`       | the generated world of `tiny`: facts, and instruction tasks over it    |
+| middle | `models`      | the base models by name, where each comes from, fallbacks              |
+| middle | `batching`    | tokenize, mask the prompt, pad, pack; `show_mask`                      |
+| middle | `objective`   | the loss at supervised positions, in training and in evaluation        |
+| middle | `vocabulary`  | new pieces for a tokenizer, new rows for the embeddings                |
+| middle | `memory`      | bytes of weights, gradients, optimizer states; activations, counted    |
+| middle | `surgery`     | find and replace linear layers by name, default targets, count weights |
+| middle | `lora`        | LoRA: add, switch, blend, merge; several adapters in one batch         |
+| middle | `peft_format` | adapters as files that peft reads, and the reverse                     |
+| upper  | `checkpoints` | a training run kept on disk: whole or absent, of this run or refused   |
+| upper  | `training`    | `finetune()`: the training loop, with two seams                        |
+| upper  | `fusion`      | several LoRA jobs trained in one batch                                 |
+| upper  | `evaluation`  | `evaluate()`: valid JSON, right topic, exact match, retention          |
+| upper  | `experiments` | methods over seeds in one table: a day's sweeps, the table of the week |
+| top    | `checks`      | `check("E1.1", my_function)`: exercises that say what is wrong         |
+| top    | `preflight`   | what would stop the course on this machine, with the next step         |
+| top    | `__main__`    | the command line                                                       |
 """
 
 import logging
 import os
 
-# Before torch is imported: how long its OpenMP threads spin while they wait for each other. As torch comes, every step takes many
-# times as long as soon as another process has a core; short spins cost little when alone (docs/benchmarks.md, "Threads that wait").
+# Before torch is imported: how long its OpenMP threads spin while they wait for each other. As
+# torch comes, every step takes many times as long as soon as another process has a core; short
+# spins cost little when alone (docs/benchmarks.md, "Threads that wait").
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-# On some CPUs bitsandbytes advises to install a package that fetches kernels from the Hub; the course works without it.
+# On some CPUs bitsandbytes advises to install a package that fetches kernels from the Hub; the
+# course works without it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -9,14 +9,25 @@ try:
 
     from course_lib import preflight
 except ImportError as missing:  # typer or packaging: the commands that would say so cannot be built
-    sys.exit(f"CourseError: {missing.name} is missing: run `make setup` and use .venv, or pip install -e '.[course]'")
+    sys.exit(
+        f"CourseError: {missing.name} is missing: run `make setup` and use .venv, or pip install "
+        "-e '.[course]'"
+    )
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Seven Days of LLM Fine-Tuning.", pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Seven Days of LLM Fine-Tuning.",
+    pretty_exceptions_enable=False,
+)
 
 
 @app.command()
 def fetch() -> None:
-    """Put the base model of the CPU into the cache, if it is not there. Without it the course runs on a smaller one."""
+    """Put the base model of the CPU into the cache, if it is not there.
+
+    Without it the course runs on a smaller one.
+    """
     from course_lib import models
 
     try:
@@ -28,7 +39,9 @@ def fetch() -> None:
 
 @app.command()
 def doctor() -> None:
-    """Look at packages, device, memory, disk, base model and Hub: a line each, with the next step where one is needed."""
+    """Look at packages, device, memory, disk, base model and Hub: a line each, with the next step
+    where one is needed.
+    """
     problems = 0
     for finding in preflight.findings():
         print(finding, flush=True)

@@ -1,15 +1,18 @@
 """Alpaca data: instruction records, read strictly, and the two prompts they are put into.
 
-Source: Stanford Alpaca (Taori et al. 2023), train.py. A record has an `instruction`, an `input` (often empty) and an `output`;
-its prompt is one of two fixed texts, and the model is trained to go on with the output. After `### Response:` there is no newline.
+Source: Stanford Alpaca (Taori et al. 2023), train.py. A record has an `instruction`, an `input`
+(often empty) and an `output`; its prompt is one of two fixed texts, and the model is trained to go
+on with the output. After `### Response:` there is no newline.
 
-Python's json accepts NaN, repeated keys and lone surrogates without a word, and turns a wrong file into a puzzling error
-later. The reader here does not: a file that cannot be trusted as a whole raises DataError; a record that cannot be used is
-refused and counted with its reason, so that always  read = kept + refused.
+Python's json accepts NaN, repeated keys and lone surrogates without a word, and turns a wrong file
+into a puzzling error later. The reader here does not: a file that cannot be trusted as a whole
+raises DataError; a record that cannot be used is refused and counted with its reason, so that
+always  read = kept + refused.
 
-Self-Instruct (Wang et al. 2022, arXiv 2212.10560, section 2) lets a model write new instructions: eight of them as demonstrations,
-a ninth asked for, and a candidate stays if its ROUGE-L with every instruction kept so far is below 0.7. The wording of the prompt
-is ours; the paper's second half, which lets the model write inputs and outputs too, is not here.
+Self-Instruct (Wang et al. 2022, arXiv 2212.10560, section 2) lets a model write new instructions:
+eight of them as demonstrations, a ninth asked for, and a candidate stays if its ROUGE-L with every
+instruction kept so far is below 0.7. The wording of the prompt is ours; the paper's second half,
+which lets the model write inputs and outputs too, is not here.
 """
 
 import json
@@ -26,7 +29,8 @@ from course_lib import hub
 from course_lib.runtime import CourseError, first_line
 
 PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
@@ -36,8 +40,13 @@ PROMPT_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 FIELDS = ("instruction", "input", "output")
-MAX_FIELD_CHARACTERS = 100_000  # far above any instruction; a record of megabytes is a broken export
-BINARY_STARTS = {b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive", b"PAR1": "a Parquet file"}
+# far above any instruction; a record of megabytes is a broken export
+MAX_FIELD_CHARACTERS = 100_000
+BINARY_STARTS = {
+    b"\x1f\x8b": "a gzip archive",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a Parquet file",
+}
 JSON_LINES = (".jsonl", ".ndjson")
 DEMONSTRATIONS = 8  # a Self-Instruct prompt shows six tasks written by people and two by a model
 SHORTEST, LONGEST = 4, 150  # words of an instruction that the authors' code keeps
@@ -45,12 +54,16 @@ EXPECTED = 'a list of {"instruction": text, "input": text or "", "output": text}
 
 
 class DataError(CourseError):
-    """A file of instruction data that cannot be used; the message names file, place, what was found and what was expected."""
+    """A file of instruction data that cannot be used; the message names file, place, what was found
+    and what was expected.
+    """
 
 
 @dataclass(frozen=True)
 class Record:
-    """One instruction with its answer. extra: further fields that the reader was told to keep, such as "split"."""
+    """One instruction with its answer. extra: further fields that the reader was told to keep, such
+    as "split".
+    """
 
     instruction: str
     output: str
@@ -70,7 +83,9 @@ class Record:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a file held. refused: one line for each record that was not kept, with its number and reason."""
+    """What a file held. refused: one line for each record that was not kept, with its number and
+    reason.
+    """
 
     source: str
     records: list[Record]
@@ -81,7 +96,9 @@ class Reading:
         """One line, for example: people.json: 3 read = 2 kept + 1 refused (1 repeated)."""
         counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
         total = len(self.records) + len(self.refused)
-        line = f"{self.source}: {total} read = {len(self.records)} kept + {len(self.refused)} refused"
+        line = (
+            f"{self.source}: {total} read = {len(self.records)} kept + {len(self.refused)} refused"
+        )
         return f"{line} ({counts})" if counts else line
 
 
@@ -96,18 +113,27 @@ def read_records(path: Path | str, extra: Sequence[str] = ()) -> Reading:
 
 
 def read_seed_tasks(path: Path | str) -> Reading:
-    """Read Self-Instruct's seed_tasks.jsonl: each instance of a task becomes a record with the task's instruction.
+    """Read Self-Instruct's seed_tasks.jsonl: each instance of a task becomes a record with the
+    task's instruction.
 
-    A task holds `instruction` and `instances`, a list of {"input", "output"}; id, name and is_classification are dropped.
+    A task holds `instruction` and `instances`, a list of {"input", "output"}; id, name and
+    is_classification are dropped.
     """
     path = Path(path).expanduser()
     rows = []
     for number, task in enumerate(_read_json(path), start=1):
         instances = task.get("instances") if isinstance(task, dict) else None
         if not isinstance(instances, list) or not instances:
-            raise DataError(f'{path.name}, task {number}: expected "instruction" and a list "instances" with at least one instance')
+            raise DataError(
+                f'{path.name}, task {number}: expected "instruction" and a list "instances" with '
+                "at least one instance"
+            )
         for instance in instances:
-            rows.append({**instance, "instruction": task.get("instruction")} if isinstance(instance, dict) else instance)
+            rows.append(
+                {**instance, "instruction": task.get("instruction")}
+                if isinstance(instance, dict)
+                else instance
+            )
     return check_records(rows, path.name)
 
 
@@ -125,14 +151,20 @@ def read_hub(repository: str = "tatsu-lab/alpaca") -> Reading:
     try:
         rows = load_dataset(str(folder), split="train")
     except (DatasetsError, OSError, ValueError) as error:
-        raise DataError(f"{repository} holds no data set that can be read: {first_line(error)}") from None
-    return check_records(rows.remove_columns([name for name in rows.column_names if name == "text"]), repository)
+        raise DataError(
+            f"{repository} holds no data set that can be read: {first_line(error)}"
+        ) from None
+    return check_records(
+        rows.remove_columns([name for name in rows.column_names if name == "text"]), repository
+    )
 
 
 def check_records(rows: Iterable[Any], source: str, extra: Sequence[str] = ()) -> Reading:
-    """Keep the rows that are whole instruction records, refuse the others. source: what to call the data in messages.
+    """Keep the rows that are whole instruction records, refuse the others. source: what to call the
+    data in messages.
 
-    >>> reading = check_records([{"instruction": "Add.", "input": "1 + 1", "output": "2"}, {"instruction": "Add."}], "sums")
+    >>> whole = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
+    >>> reading = check_records([whole, {"instruction": "Add."}], "sums")
     >>> print(reading)
     sums: 2 read = 1 kept + 1 refused (1 lacks a field)
     >>> reading.refused
@@ -147,25 +179,42 @@ def check_records(rows: Iterable[Any], source: str, extra: Sequence[str] = ()) -
                 problem = ("repeated", "the same instruction, input and output came before")
             seen.add(key)
         if problem is None:
-            records.append(Record(row["instruction"], row["output"], row.get("input", ""), {name: row[name] for name in extra}))
+            records.append(
+                Record(
+                    row["instruction"],
+                    row["output"],
+                    row.get("input", ""),
+                    {name: row[name] for name in extra},
+                )
+            )
         else:
             reason, details = problem
             reasons[reason] += 1
             refused.append(f"{source}, record {number}: {reason}: {details}")
     if not records:
-        raise DataError(f"{refused[0]}; no record can be used" if refused else f"{source} holds no records, expected {EXPECTED}")
+        raise DataError(
+            f"{refused[0]}; no record can be used"
+            if refused
+            else f"{source} holds no records, expected {EXPECTED}"
+        )
     return Reading(source, records, refused, reasons)
 
 
-def split_records(records: Sequence[Record], held_out: int, seed: int) -> tuple[list[Record], list[Record]]:
-    """Shuffle and split into (training, held out). The same seed gives the same split on every machine.
+def split_records(
+    records: Sequence[Record], held_out: int, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """Shuffle and split into (training, held out).
+
+    The same seed gives the same split on every machine.
 
     >>> train, test = split_records([Record(str(n), str(n)) for n in range(5)], held_out=2, seed=0)
     >>> len(train), len(test)
     (3, 2)
     """
     if not 0 < held_out < len(records):
-        raise CourseError(f"held_out={held_out} must lie in 1..{len(records) - 1} for {len(records)} records")
+        raise CourseError(
+            f"held_out={held_out} must lie in 1..{len(records) - 1} for {len(records)} records"
+        )
     shuffled = random.Random(seed).sample(records, len(records))
     return shuffled[held_out:], shuffled[:held_out]
 
@@ -179,20 +228,36 @@ def self_instruct_prompt(demonstrations: Sequence[str]) -> str:
     ['Task 8: Name 8 rivers.', 'Task 9:']
     """
     if len(demonstrations) != DEMONSTRATIONS:
-        raise CourseError(f"{len(demonstrations)} demonstrations, expected {DEMONSTRATIONS}: six by people, two by a model")
-    lines = [f"Task {number}: {' '.join(text.split())}" for number, text in enumerate(demonstrations, start=1)]
-    head = "Below is a list of tasks for an assistant. Each is different from the others and can be done in writing.\n\n"
+        raise CourseError(
+            f"{len(demonstrations)} demonstrations, expected {DEMONSTRATIONS}: six by people, two "
+            "by a model"
+        )
+    lines = [
+        f"Task {number}: {' '.join(text.split())}"
+        for number, text in enumerate(demonstrations, start=1)
+    ]
+    head = (
+        "Below is a list of tasks for an assistant. Each is different from the others and can be "
+        "done in writing.\n\n"
+    )
     return head + "\n".join([*lines, f"Task {DEMONSTRATIONS + 1}:"])
 
 
 def parse_instructions(reply: str) -> list[str]:
-    """The instructions in what a model wrote after a Self-Instruct prompt: one a number, each the first line that follows it.
+    """The instructions in what a model wrote after a Self-Instruct prompt: one a number, each the
+    first line that follows it.
 
-    >>> parse_instructions(" Name a fruit.\\nTask 10: Name a tool.\\n\\n11. Write a line about rain")
-    ['Name a fruit.', 'Name a tool.', 'Write a line about rain']
+    >>> parse_instructions(" Name a fruit.\\nTask 10: Name a tool.\\n\\n11. Write a line on rain")
+    ['Name a fruit.', 'Name a tool.', 'Write a line on rain']
     """
-    parts = re.split(r"^[ \t]*(?:Task[ \t]+\d+[ \t]*[.:)]|\d+[.:)](?=\s))", reply, flags=re.MULTILINE | re.IGNORECASE)
-    firsts = [next((line.strip() for line in part.splitlines() if line.strip()), "") for part in parts]
+    parts = re.split(
+        r"^[ \t]*(?:Task[ \t]+\d+[ \t]*[.:)]|\d+[.:)](?=\s))",
+        reply,
+        flags=re.MULTILINE | re.IGNORECASE,
+    )
+    firsts = [
+        next((line.strip() for line in part.splitlines() if line.strip()), "") for part in parts
+    ]
     return [line for line in firsts if line]
 
 
@@ -205,15 +270,20 @@ class Selection:
 
 
 def novel(candidates: Sequence[str], pool: Sequence[str], threshold: float = 0.7) -> Selection:
-    """Keep the candidates whose ROUGE-L F1 with each instruction of `pool`, and with each kept before, is below `threshold`.
+    """Keep the candidates whose ROUGE-L F1 with each instruction of `pool`, and with each kept
+    before, is below `threshold`.
 
-    Needs the package rouge-score. A candidate that is no whole sentence of 4 to 150 words is dropped before it is compared.
+    Needs the package rouge-score. A candidate that is no whole sentence of 4 to 150 words is
+    dropped before it is compared.
 
-    >>> selection = novel(["Name a river in Africa.", "Name a river in Asia.", "Write"], ["Name three kinds of bread."])
+    >>> candidates = ["Name a river in Africa.", "Name a river in Asia.", "Write"]
+    >>> selection = novel(candidates, ["Name three kinds of bread."])
     >>> selection.kept
     ['Name a river in Africa.']
-    >>> selection.dropped
-    [('Name a river in Asia.', 'ROUGE-L 0.80 with "Name a river in Africa."'), ('Write', '1 words, expected 4 to 150')]
+    >>> dict(selection.dropped)["Name a river in Asia."]
+    'ROUGE-L 0.80 with "Name a river in Africa."'
+    >>> dict(selection.dropped)["Write"]
+    '1 words, expected 4 to 150'
     """
     scorer, kept, dropped = rouge_scorer(), [], []
     for candidate in candidates:
@@ -223,7 +293,10 @@ def novel(candidates: Sequence[str], pool: Sequence[str], threshold: float = 0.7
         elif not candidate.rstrip("\"')”’").endswith((".", "?", "!", ":", "。", "？", "！", "：")):
             dropped.append((candidate, "cut off: no mark at its end"))
         else:
-            scores = [(scorer.score(known, candidate)["rougeL"].fmeasure, known) for known in (*pool, *kept)]
+            scores = [
+                (scorer.score(known, candidate)["rougeL"].fmeasure, known)
+                for known in (*pool, *kept)
+            ]
             highest, nearest = max(scores, default=(0.0, ""))
             if highest < threshold:
                 kept.append(candidate)
@@ -234,7 +307,10 @@ def novel(candidates: Sequence[str], pool: Sequence[str], threshold: float = 0.7
 
 @cache
 def rouge_scorer() -> Any:
-    """rouge-score's scorer for "rougeL". Its own tokenizer drops all but a-z and 0-9; here a Chinese character is a word, too."""
+    """rouge-score's scorer for "rougeL".
+
+    Its own tokenizer drops all but a-z and 0-9; here a Chinese character is a word, too.
+    """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
@@ -251,24 +327,32 @@ def _words(text: str) -> list[str]:
 
 
 def _problem(row: Any, extra: Sequence[str]) -> tuple[str, str] | None:
-    """Why a row cannot be used: (reason, details), or None. A missing input counts as an empty one."""
+    """Why a row cannot be used:
+
+    (reason, details), or None. A missing input counts as an empty one.
+    """
     if not isinstance(row, dict):
         return "not an object", f"found {_kind(row)}"
     for name in (*FIELDS, *extra):
         if name not in row and name != "input":
-            return (
-                "lacks a field",
-                f'expected "{name}", found {", ".join(json.dumps(str(key)[:40]) for key in row) or "nothing"}',
-            )
+            found = ", ".join(json.dumps(str(key)[:40]) for key in row) or "nothing"
+            return "lacks a field", f'expected "{name}", found {found}'
     for name, value in row.items():
         if name not in FIELDS and name not in extra:
-            return "unknown field", f"{json.dumps(str(name)[:40])}, expected only {', '.join((*FIELDS, *extra))}"
+            return (
+                "unknown field",
+                f"{json.dumps(str(name)[:40])}, expected only {', '.join((*FIELDS, *extra))}",
+            )
         if not isinstance(value, str):
             return "not text", f'"{name}" is {_kind(value)}'
         if not value.strip() and name != "input":
             return "empty", f'"{name}" has no text'
         if len(value) > MAX_FIELD_CHARACTERS:
-            return "too long", f'"{name}" has {len(value):,} characters, at most {MAX_FIELD_CHARACTERS:,} are read'
+            return (
+                "too long",
+                f'"{name}" has {len(value):,} characters, at most {MAX_FIELD_CHARACTERS:,} are '
+                "read",
+            )
         if "\0" in value:
             return "NUL character", f'in "{name}"'
         if any("\ud800" <= character <= "\udfff" for character in value):
@@ -290,14 +374,25 @@ def _kind(value: Any) -> str:
 
 
 def _read_json(path: Path) -> list[Any]:
-    """The rows of a JSON list or of JSON lines. Raises DataError with the line where reading stopped."""
+    """The rows of a JSON list or of JSON lines.
+
+    Raises DataError with the line where reading stopped.
+    """
     text = _read_text(path)
     if path.suffix.lower() in JSON_LINES:
-        lines = ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
-        return [_parse(line, f"{path.name}, line {number}", one_line=True) for number, line in lines]
+        lines = (
+            (number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()
+        )
+        return [
+            _parse(line, f"{path.name}, line {number}", one_line=True) for number, line in lines
+        ]
     rows = _parse(text, path.name)
     if not isinstance(rows, list):
-        keys = f" with the keys {', '.join(json.dumps(key[:40]) for key in list(rows)[:5])}" if isinstance(rows, dict) else ""
+        keys = (
+            f" with the keys {', '.join(json.dumps(key[:40]) for key in list(rows)[:5])}"
+            if isinstance(rows, dict)
+            else ""
+        )
         raise DataError(f"{path.name} holds {_kind(rows)}{keys}, expected {EXPECTED}")
     return rows
 
@@ -313,10 +408,15 @@ def _read_text(path: Path) -> str:
     if not content.strip(b" \t\r\n\0"):
         raise DataError(f"{path.name} is empty, expected {EXPECTED}")
     if content.startswith(b"version https://git-lfs"):
-        raise DataError(f"{path.name} is a Git LFS pointer, not the data: run `git lfs pull`, or download the file itself")
+        raise DataError(
+            f"{path.name} is a Git LFS pointer, not the data: run `git lfs pull`, or download the "
+            "file itself"
+        )
     for start, kind in BINARY_STARTS.items():
         if content.startswith(start):
-            raise DataError(f"{path.name} is {kind}, expected JSON text: unpack or convert it first")
+            raise DataError(
+                f"{path.name} is {kind}, expected JSON text: unpack or convert it first"
+            )
     if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content[:4]:
         raise DataError(f"{path.name} is UTF-16 or UTF-32, expected UTF-8: save it again as UTF-8")
     try:
@@ -324,10 +424,14 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise DataError(
-            f"{path.name}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8, perhaps Latin-1: save it again as UTF-8"
+            f"{path.name}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8, perhaps "
+            "Latin-1: save it again as UTF-8"
         ) from None
     if text.lstrip()[:1] == "<":
-        raise DataError(f"{path.name} is a web page (HTML), expected JSON: download the raw file, not the page that shows it")
+        raise DataError(
+            f"{path.name} is a web page (HTML), expected JSON: download the raw file, not the page "
+            "that shows it"
+        )
     return text
 
 
@@ -360,10 +464,18 @@ def _parse(text: str, source: str, one_line: bool = False) -> Any:
             whole = "the file ends in the middle of a record, it was cut off: get it again"
             raise DataError(f"{place}: {rest if one_line else whole}") from None
         found = json.dumps(text[error.pos : error.pos + 20])
-        hint = "; one record a line is JSONL: name the file .jsonl" if error.msg == "Extra data" and not one_line else ""
-        raise DataError(f"{place}, column {error.colno}: not JSON ({error.msg}), found {found}{hint}") from None
+        hint = (
+            "; one record a line is JSONL: name the file .jsonl"
+            if error.msg == "Extra data" and not one_line
+            else ""
+        )
+        raise DataError(
+            f"{place}, column {error.colno}: not JSON ({error.msg}), found {found}{hint}"
+        ) from None
     except _RepeatedKeyError as error:
-        raise DataError(f"{source}: the key {error} stands twice in one record: keep one of them") from None
+        raise DataError(
+            f"{source}: the key {error} stands twice in one record: keep one of them"
+        ) from None
     except _ConstantError as error:
         raise DataError(f"{source}: {error} is not JSON, expected text in quotes") from None
     except RecursionError:

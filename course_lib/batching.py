@@ -4,15 +4,17 @@
     labels   -100  ...  -100   answer ... answer  EOS        (-100 is what cross_entropy ignores)
 
 Three departures from the common recipes, each against a silent failure:
-- Prompt and answer are tokenized apart, as they are when the model generates. Tokenized together, the colon of `### Response:`
-  can merge with a quote or a dash that opens the answer, and the model would train on a boundary that it never meets.
-- EOS is appended here and padding is masked by position. SmolLM2 pads with EOS, so masking by token id would mask the EOS too,
-  and the model would never learn to stop.
-- The text of a record is encoded with split_special_tokens=True, so that "<|im_end|>" in the data is ten characters of text
-  and not a control token. add_special_tokens=False does not do that.
+- Prompt and answer are tokenized apart, as they are when the model generates. Tokenized together,
+  the colon of `### Response:` can merge with a quote or a dash that opens the answer, and the model
+  would train on a boundary that it never meets.
+- EOS is appended here and padding is masked by position. SmolLM2 pads with EOS, so masking by token
+  id would mask the EOS too, and the model would never learn to stop.
+- The text of a record is encoded with split_special_tokens=True, so that "<|im_end|>" in the data
+  is ten characters of text and not a control token. add_special_tokens=False does not do that.
 
-A padded batch computes on filler. Examples of similar length together need less of it (`length_grouped_order`); several examples in
-one row need almost none (`pack`), but then each must see itself only and count its positions from 0 (`collate_packed`).
+A padded batch computes on filler. Examples of similar length together need less of it
+(`length_grouped_order`); several examples in one row need almost none (`pack`), but then each must
+see itself only and count its positions from 0 (`collate_packed`).
 """
 
 import html
@@ -51,13 +53,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoding:
-    """The examples that fit, and one line for each record that was refused: read = examples + refused."""
+    """The examples that fit, and one line for each record that was refused: read = examples +
+    refused.
+    """
 
     examples: list[Example]
     refused: list[str]
 
     def __str__(self) -> str:
-        return f"{len(self.examples) + len(self.refused)} records = {len(self.examples)} encoded + {len(self.refused)} too long"
+        return (
+            f"{len(self.examples) + len(self.refused)} records = {len(self.examples)} encoded + "
+            f"{len(self.refused)} too long"
+        )
 
 
 def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -72,14 +79,21 @@ def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def encode_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids the model answers to: BOS where the tokenizer's own default puts one (Llama 2 does, SmolLM2 does not)."""
+    """The ids the model answers to:
+
+    BOS where the tokenizer's own default puts one (Llama 2 does, SmolLM2 does not).
+    """
     default = tokenizer("")["input_ids"]
     bos = default[:1] if default[:1] == [tokenizer.bos_token_id] else []
     return bos + encode_text(record.prompt, tokenizer)
 
 
-def encode(record: Record, tokenizer: "PreTrainedTokenizerBase", *, mask_prompt: bool = True) -> Example:
-    """Prompt, answer, EOS. mask_prompt: False trains on the prompt too, for the comparison of Day 1.
+def encode(
+    record: Record, tokenizer: "PreTrainedTokenizerBase", *, mask_prompt: bool = True
+) -> Example:
+    """Prompt, answer, EOS. mask_prompt:
+
+    False trains on the prompt too, for the comparison of Day 1.
 
     >>> from course_lib import models, runtime
     >>> tokenizer = models.load("tiny", runtime.detect()).tokenizer
@@ -94,9 +108,14 @@ def encode(record: Record, tokenizer: "PreTrainedTokenizerBase", *, mask_prompt:
 
 
 def encode_records(
-    records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_tokens: int, *, mask_prompt: bool = True
+    records: Sequence[Record],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_tokens: int,
+    *,
+    mask_prompt: bool = True,
 ) -> Encoding:
-    """Encode all records; one longer than max_tokens is refused, because a cut answer would teach to stop in mid-sentence.
+    """Encode all records; one longer than max_tokens is refused, because a cut answer would teach
+    to stop in mid-sentence.
 
     Raises CourseError if none fits.
     """
@@ -106,14 +125,22 @@ def encode_records(
         if len(example) <= max_tokens:
             examples.append(example)
         else:
-            refused.append(f"record {number}: {len(example)} tokens, at most {max_tokens}: raise max_tokens or shorten it")
+            refused.append(
+                f"record {number}: {len(example)} tokens, at most {max_tokens}: raise max_tokens "
+                "or shorten it"
+            )
     if not examples:
-        raise CourseError(f"none of {len(records)} records fits into {max_tokens} tokens{f' ({refused[0]})' if refused else ''}")
+        raise CourseError(
+            f"none of {len(records)} records fits into {max_tokens} "
+            f"tokens{f' ({refused[0]})' if refused else ''}"
+        )
     return Encoding(examples, refused)
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """Pad on the right to the longest example: input_ids, attention_mask and labels, each (N, T) int64."""
+    """Pad on the right to the longest example: input_ids, attention_mask and labels, each (N, T)
+    int64.
+    """
     longest = max(map(len, examples))
 
     def padded(rows: list[list[int]], filler: int) -> Tensor:
@@ -127,27 +154,43 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
 
 
 def check_ids(ids: Iterable[int], model: "PreTrainedModel") -> None:
-    """Raise CourseError if the model has no embedding for one of these token ids: they come from another model's tokenizer."""
+    """Raise CourseError if the model has no embedding for one of these token ids: they come from
+    another model's tokenizer.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     out = next((token for token in ids if not 0 <= token < rows), None)
     if out is not None:
-        raise CourseError(f"token id {out} is beyond the model's {rows} embeddings: encode with the model's own tokenizer")
+        raise CourseError(
+            f"token id {out} is beyond the model's {rows} embeddings: encode with the model's own "
+            "tokenizer"
+        )
 
 
 def check_examples(examples: Sequence[Example], model: "PreTrainedModel") -> None:
-    """Raise CourseError for examples that `model` cannot be trained on: none, empty, too long, or of another tokenizer."""
+    """Raise CourseError for examples that `model` cannot be trained on: none, empty, too long, or
+    of another tokenizer.
+    """
     if not isinstance(examples, Sequence):
-        raise CourseError(f"examples is a {type(examples).__name__}, expected a list: encode_records(...).examples")
+        raise CourseError(
+            f"examples is a {type(examples).__name__}, expected a list: "
+            "encode_records(...).examples"
+        )
     if not examples:
         raise CourseError("there are no examples to train on")
     longest = getattr(model.config, "max_position_embeddings", math.inf)
     for number, example in enumerate(examples, start=1):
         if len(example.input_ids) != len(example.labels):
-            raise CourseError(f"example {number} has {len(example.input_ids)} ids and {len(example.labels)} labels")
+            raise CourseError(
+                f"example {number} has {len(example.input_ids)} ids and {len(example.labels)} "
+                "labels"
+            )
         if not example.supervised_ids:
             raise CourseError(f"example {number} has no supervised token: every label is {IGNORED}")
         if len(example) > longest:
-            raise CourseError(f"example {number} has {len(example)} tokens, the model takes {longest}: encode with max_tokens")
+            raise CourseError(
+                f"example {number} has {len(example)} tokens, the model takes {longest}: encode "
+                "with max_tokens"
+            )
         check_ids((*example.input_ids, *example.supervised_ids), model)
 
 
@@ -162,16 +205,24 @@ def real_token_share(lengths: Sequence[int], batch_size: int) -> float:
 
 
 def length_grouped_order(lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:
-    """Indices in a random order in which each slice of `batch_size` has similar lengths; transformers' own grouping."""
+    """Indices in a random order in which each slice of `batch_size` has similar lengths;
+    transformers' own grouping.
+    """
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
-    return get_length_grouped_indices(list(lengths), batch_size, generator=torch.Generator().manual_seed(seed))
+    return get_length_grouped_indices(
+        list(lengths), batch_size, generator=torch.Generator().manual_seed(seed)
+    )
 
 
-def training_order(lengths: Sequence[int], steps: int, examples_per_step: int, group_by_length: bool, seed: int) -> list[int]:
-    """The index of every example that a run sees, in order: shuffled epochs, one after the other, up to the last step.
+def training_order(
+    lengths: Sequence[int], steps: int, examples_per_step: int, group_by_length: bool, seed: int
+) -> list[int]:
+    """The index of every example that a run sees, in order: shuffled epochs, one after the other,
+    up to the last step.
 
-    Fixed before the run starts, so that a resumed run goes on with the examples that the broken one had not seen.
+    Fixed before the run starts, so that a resumed run goes on with the examples that the broken one
+    had not seen.
 
     >>> training_order([5, 5, 5], steps=2, examples_per_step=2, group_by_length=False, seed=0)
     [1, 2, 0, 0]
@@ -187,19 +238,24 @@ def training_order(lengths: Sequence[int], steps: int, examples_per_step: int, g
 
 
 def pack(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
-    """Put examples into rows of at most max_tokens: the longest first, each into the first row with room (first-fit decreasing).
+    """Put examples into rows of at most max_tokens: the longest first, each into the first row with
+    room (first-fit decreasing).
 
     Needs at most 11/9 of the fewest possible rows, and less than one more (Dósa 2007).
     Raises CourseError for an example that is longer than a row.
 
-    >>> [[len(example) for example in row] for row in pack([Example([5] * n, [5] * n) for n in (3, 6, 4, 5, 2)], max_tokens=10)]
+    >>> rows = pack([Example([5] * n, [5] * n) for n in (3, 6, 4, 5, 2)], max_tokens=10)
+    >>> [[len(example) for example in row] for row in rows]
     [[6, 4], [5, 3, 2]]
     """
     rows: list[list[Example]] = []
     room: list[int] = []
     for example in sorted(examples, key=len, reverse=True):
         if len(example) > max_tokens:
-            raise CourseError(f"an example has {len(example)} tokens, a row takes {max_tokens}: raise max_tokens, or leave it out")
+            raise CourseError(
+                f"an example has {len(example)} tokens, a row takes {max_tokens}: raise "
+                "max_tokens, or leave it out"
+            )
         place = next((index for index, free in enumerate(room) if len(example) <= free), len(rows))
         if place == len(rows):
             rows.append([])
@@ -209,18 +265,26 @@ def pack(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
     return rows
 
 
-def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def collate_packed(
+    rows: Sequence[Sequence[Example]], pad_id: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Packed rows as a batch in which no example sees another.
 
-    dtype: of the mask, the one that the model computes in
-    Returns input_ids, labels and position_ids, each (N, T) int64, and attention_mask (N, 1, T, T), which is added to the attention
-    scores: 0 where a position sees another, the lowest number where not. Positions count from 0 in each example. Its first label
-    is -100: the position before it belongs to another example. A padding position sees itself only.
+    dtype: of the mask, the one that the model computes in Returns input_ids, labels and
+    position_ids, each (N, T) int64, and attention_mask (N, 1, T, T), which is added to the
+    attention
+    scores: 0 where a position sees another, the lowest number where not. Positions count from 0 in
+    each example. Its first label is -100: the position before it belongs to another example. A
+    padding position sees itself only.
     """
     longest = max(sum(map(len, row)) for row in rows)
     shape = (len(rows), longest)
     input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORED)
-    position_ids, owner = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)  # owner 0: padding
+    # owner 0: padding
+    position_ids, owner = (
+        torch.zeros(shape, dtype=torch.int64),
+        torch.zeros(shape, dtype=torch.int64),
+    )
     for index, row in enumerate(rows):
         start = 0
         for number, example in enumerate(row, start=1):
@@ -231,13 +295,22 @@ def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int, dtype: torch.
             owner[index, place] = number
             start += len(example)
     same = (owner[:, :, None] == owner[:, None, :]) & (owner > 0)[:, None, :]  # (N, T, T)
-    sees = (same & torch.ones(longest, longest, dtype=torch.bool).tril()) | torch.eye(longest, dtype=torch.bool)
+    sees = (same & torch.ones(longest, longest, dtype=torch.bool).tril()) | torch.eye(
+        longest, dtype=torch.bool
+    )
     mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
-    return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "attention_mask": mask[:, None]}
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": position_ids,
+        "attention_mask": mask[:, None],
+    }
 
 
 class MaskView:
-    """An example for eyes: trained tokens green, masked ones grey; in a terminal trained tokens stand in [brackets]."""
+    """An example for eyes: trained tokens green, masked ones grey; in a terminal trained tokens
+    stand in [brackets].
+    """
 
     def __init__(self, pieces: list[tuple[str, bool]]):
         self.pieces = pieces
@@ -248,9 +321,15 @@ class MaskView:
     def _repr_html_(self) -> str:
         spans = []
         for piece, trained in self.pieces:
-            style = "background:#b7e4c7;color:#081c15;font-weight:600" if trained else "background:#eeeeee;color:#6c757d"
+            style = (
+                "background:#b7e4c7;color:#081c15;font-weight:600"
+                if trained
+                else "background:#eeeeee;color:#6c757d"
+            )
             visible = html.escape(piece).replace("\n", "&#x21B5;<br>").replace(" ", "&nbsp;")
-            spans.append(f'<span style="{style};border:1px solid #ffffff;border-radius:3px">{visible}</span>')
+            spans.append(
+                f'<span style="{style};border:1px solid #ffffff;border-radius:3px">{visible}</span>'
+            )
         return f'<div style="font-family:monospace;line-height:1.7">{"".join(spans)}</div>'
 
 
@@ -263,9 +342,11 @@ def show_mask(example: Example, tokenizer: "PreTrainedTokenizerBase") -> MaskVie
     [(':', False), (' a', True), (' fox', True), ('<|endoftext|>', True)]
     """
     pieces, before = [], ""
-    for end, label in enumerate(example.labels, start=1):  # alone, a word would lose its space in tokenizers that add one
+    # alone, a word would lose its space in tokenizers that add one
+    for end, label in enumerate(example.labels, start=1):
         text = tokenizer.decode(example.input_ids[:end], clean_up_tokenization_spaces=False)
-        whole = not text.endswith("\N{REPLACEMENT CHARACTER}")  # a character of several tokens is shown with its last one
+        # a character of several tokens is shown with its last one
+        whole = not text.endswith("\N{REPLACEMENT CHARACTER}")
         if whole or end == len(example):
             pieces.append((text[len(before) :], label != IGNORED))
             before = text

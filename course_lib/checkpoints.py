@@ -1,7 +1,7 @@
 """Checkpoints of a training run: whole or absent, without pickles, and only of this very run.
 
     checkpoint-STEP/weights.safetensors      the weights that train, by their names in the model
-                    optimizer.safetensors    what the optimizer keeps of each of them: 0.exp_avg, ...
+                    optimizer.safetensors    what the optimizer keeps of each: 0.exp_avg, ...
                     random.safetensors       the states of torch's generators, of every process
                     after_step.safetensors   the state of the run's `after_step`, if it has one
                     progress.json            what `finetune` counts: losses, the scale of fp16
@@ -50,7 +50,9 @@ class CheckpointError(CourseError):
 
 @dataclass(frozen=True)
 class State:
-    """What changes in a run. after_step: of the run; part of its state if it has `state_dict` and `load_state_dict`."""
+    """What changes in a run. after_step: of the run; part of its state if it has `state_dict` and
+    `load_state_dict`.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -60,7 +62,9 @@ class State:
 
 @dataclass(frozen=True)
 class Keeper:
-    """Keeps the checkpoints of one run in `folder` and resumes it from the newest. All processes call it, the main one writes.
+    """Keeps the checkpoints of one run in `folder` and resumes it from the newest.
+
+    All processes call it, the main one writes.
 
     every: steps from one checkpoint to the next
     identity: JSON values; a checkpoint with others is of another run
@@ -73,14 +77,16 @@ class Keeper:
     say: Say
 
     def resume(self, state: State) -> list[float]:
-        """Load the newest whole checkpoint, if there is one; the losses of the steps that it has behind it.
+        """Load the newest whole checkpoint, if there is one; the losses of the steps that it has
+        behind it.
 
-        Raises CheckpointError, before anything is loaded, for a folder that cannot be written, for a checkpoint of another
-        run, and for one that somebody changed and sealed again.
+        Raises CheckpointError, before anything is loaded, for a folder that cannot be written, for
+        a checkpoint of another run, and for one that somebody changed and sealed again.
         """
         _make_writable(self.folder)
         if PartialState().is_main_process:
-            for left in self.folder.glob(f"{sealing.PARTIAL}checkpoint-*"):  # by a process that was killed
+            # by a process that was killed
+            for left in self.folder.glob(f"{sealing.PARTIAL}checkpoint-*"):
                 shutil.rmtree(left, ignore_errors=True)
         PartialState().wait_for_everyone()
         checkpoint = newest(self.folder, self.identity, self.say)
@@ -91,7 +97,9 @@ class Keeper:
         return losses
 
     def save(self, state: State, losses: list[float]) -> None:
-        """Write checkpoint-STEP, and of older ones keep the newest. A failure costs this checkpoint and not the run.
+        """Write checkpoint-STEP, and of older ones keep the newest.
+
+        A failure costs this checkpoint and not the run.
 
         losses: of all steps so far
         """
@@ -104,27 +112,36 @@ class Keeper:
             }
             if hasattr(state.after_step, "state_dict"):
                 tensors[AFTER_STEP] = state.after_step.state_dict()
-            self._write(len(losses), tensors, {"losses": losses, "scaler": state.scaler.state_dict()})
+            self._write(
+                len(losses), tensors, {"losses": losses, "scaler": state.scaler.state_dict()}
+            )
         PartialState().wait_for_everyone()
 
-    def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], progress: dict[str, Any]) -> None:
+    def _write(
+        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], progress: dict[str, Any]
+    ) -> None:
         final = self.folder / f"checkpoint-{step}"
         partial = self.folder / f"{sealing.PARTIAL}{final.name}"
         try:
             sealing.partial_folder(final)
             for name, content in tensors.items():
-                save_file({key: value.contiguous() for key, value in content.items()}, partial / name)
+                save_file(
+                    {key: value.contiguous() for key, value in content.items()}, partial / name
+                )
             (partial / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
             sealing.publish(partial, final, dict(self.identity))
-            ours = [path for path in found_in(self.folder) if (path / sealing.SEAL).is_file()]  # not of other programs
+            # not of other programs
+            ours = [path for path in found_in(self.folder) if (path / sealing.SEAL).is_file()]
             for old in ours[: ours.index(final) + 1][:-KEPT]:
-                with contextlib.suppress(OSError):  # renamed first: killed on the way, it leaves no half of a checkpoint
+                # renamed first: killed on the way, it leaves no half of a checkpoint
+                with contextlib.suppress(OSError):
                     shutil.rmtree(old.rename(old.with_name(f"{sealing.PARTIAL}{old.name}")))
         except (OSError, SafetensorError) as error:
             size = sum(value.nbytes for content in tensors.values() for value in content.values())
             free = shutil.disk_usage(self.folder).free
             self.say(
-                f"{final.name} was not written ({first_line(error)}): it takes about {size / 1e6:.0f} MB, "
+                f"{final.name} was not written ({first_line(error)}): it takes about "
+                f"{size / 1e6:.0f} MB, "
                 f"{free / 1e6:.0f} MB are free; training goes on, older checkpoints are whole"
             )
         finally:
@@ -150,7 +167,8 @@ def _load(checkpoint: Path, state: State) -> list[float]:
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": _nested(tensors[OPTIMIZER]), "param_groups": groups})
     _set_random_state(_nested(tensors[RANDOM])[PartialState().process_index])
-    if state.scaler.is_enabled() and scaler:  # a run that began with fp16 may go on without it, and the reverse
+    # a run that began with fp16 may go on without it, and the reverse
+    if state.scaler.is_enabled() and scaler:
         state.scaler.load_state_dict(scaler)
     if stateful:
         state.after_step.load_state_dict(tensors[AFTER_STEP])
@@ -168,7 +186,11 @@ def newest(folder: Path, identity: Mapping[str, Any], say: Say) -> Path | None:
         except sealing.DamagedError as error:
             say(f"{error}: passed over")
             continue
-        differences = [f"{key} {saved.get(key)} there, {value} now" for key, value in identity.items() if saved.get(key) != value]
+        differences = [
+            f"{key} {saved.get(key)} there, {value} now"
+            for key, value in identity.items()
+            if saved.get(key) != value
+        ]
         if differences:
             found = f"{checkpoint} is of another run ({'; '.join(differences)})"
             raise CheckpointError(f"{found}: use these settings again or another folder")
@@ -178,11 +200,17 @@ def newest(folder: Path, identity: Mapping[str, Any], say: Say) -> Path | None:
 
 def found_in(folder: Path) -> list[Path]:
     """The folders called checkpoint-STEP, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.rpartition("-")[2].isdecimal()]
+    found = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if path.is_dir() and path.name.rpartition("-")[2].isdecimal()
+    ]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def identity(base: "Loaded", drawn: Sequence[Example], loss: object, after_step: object) -> dict[str, Any]:
+def identity(
+    base: "Loaded", drawn: Sequence[Example], loss: object, after_step: object
+) -> dict[str, Any]:
     """What makes a run the one it is, beside its numbers. drawn: its examples in their order."""
     shapes = {name: list(weight.shape) for name, weight in trained_weights(base.model).items()}
     adapters = {  # the scales of those that are in use
@@ -192,7 +220,8 @@ def identity(base: "Loaded", drawn: Sequence[Example], loss: object, after_step:
     return {
         "base": base.name,
         "processes": PartialState().num_processes,
-        "trained weights": f"{sum(map(math.prod, shapes.values()))} ({fingerprint([shapes, adapters])})",
+        "trained weights": f"{sum(map(math.prod, shapes.values()))} "
+        f"({fingerprint([shapes, adapters])})",
         "examples": fingerprint([(example.input_ids, example.labels) for example in drawn]),
         "loss": getattr(loss, "__qualname__", type(loss).__name__),
         "after_step": getattr(after_step, "__qualname__", type(after_step).__name__),
@@ -200,8 +229,12 @@ def identity(base: "Loaded", drawn: Sequence[Example], loss: object, after_step:
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that require a gradient, by name; one that is used in two places (tied embeddings) once."""
-    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    """The weights that require a gradient, by name; one that is used in two places (tied
+    embeddings) once.
+    """
+    return {
+        name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad
+    }
 
 
 def fingerprint(content: Any) -> str:
@@ -215,12 +248,19 @@ def _make_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written ({error.strerror}): choose another folder for the checkpoints") from None
+        raise CheckpointError(
+            f"{folder} cannot be written ({error.strerror}): choose another folder for the "
+            "checkpoints"
+        ) from None
 
 
 def _flat(states: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """{0: {"exp_avg": tensor}} -> {"0.exp_avg": tensor}: a file of tensors knows no levels."""
-    return {f"{number}.{name}": value for number, state in states.items() for name, value in state.items()}
+    return {
+        f"{number}.{name}": value
+        for number, state in states.items()
+        for name, value in state.items()
+    }
 
 
 def _nested(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:

@@ -1,29 +1,33 @@
 """How a model is judged: on the task of the week, and on what it knew before.
 
-The task of the week asks for a JSON object {"answer": ..., "topic": ...}. Three rates over held-out questions: the whole reply is
-such an object (valid JSON); it is, and its topic is right; it is, and its answer is right after case and spaces are normalised.
-Response loss, the mean of -log p(answer token) with the right answer given, is the measure of training itself; the same forward
-pass says which answers a greedy reply would repeat exactly.
+The task of the week asks for a JSON object {"answer": ..., "topic": ...}. Three rates over held-out
+questions: the whole reply is such an object (valid JSON); it is, and its topic is right; it is, and
+its answer is right after case and spaces are normalised. Response loss, the mean of -log p(answer
+token) with the right answer given, is the measure of training itself; the same forward pass says
+which answers a greedy reply would repeat exactly.
 
-Retention asks plain questions in the chat template, which the untouched model answered: is the answer still in the reply? Replies
-that come wrapped in JSON are counted apart, since a right answer in the wrong clothes is neither kept nor lost.
+Retention asks plain questions in the chat template, which the untouched model answered: is the
+answer still in the reply? Replies that come wrapped in JSON are counted apart, since a right answer
+in the wrong clothes is neither kept nor lost.
 
-Two measures of the field for text without one right answer: perplexity, how surprised a model is by a text, and the overlap of a
-reply with a reference, ROUGE-L (Lin 2004, ACL W04-1013) and BLEU (Papineni et al. 2002, ACL P02-1040), both from their libraries.
+Two measures of the field for text without one right answer: perplexity, how surprised a model is by
+a text, and the overlap of a reply with a reference, ROUGE-L (Lin 2004, ACL W04-1013) and BLEU
+(Papineni et al. 2002, ACL P02-1040), both from their libraries.
 """
 
 import json
 import math
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
+from course_lib import plots
 from course_lib.alpaca import DataError, Record, read_records, rouge_scorer
 from course_lib.batching import Example, check_ids, collate, encode, encode_prompt
 from course_lib.objective import supervised_logits
@@ -41,7 +45,9 @@ REPLY_TOKENS = 20  # a plain question is answered in the first sentence or not a
 
 @dataclass(frozen=True)
 class Question:
-    """A plain question that the untouched model answers. answers: normalised texts, one of which the reply must contain."""
+    """A plain question that the untouched model answers. answers: normalised texts, one of which
+    the reply must contain.
+    """
 
     question: str
     answers: tuple[str, ...]
@@ -72,14 +78,17 @@ class TaskScore:
     def __str__(self) -> str:
         n = len(self.answers)
         rates = [
-            f"{name.replace('_', ' ')} {percent(self.rate(name), n)}" for name in ("valid_json", "right_topic", "right_answer")
+            f"{name.replace('_', ' ')} {percent(self.rate(name), n)}"
+            for name in ("valid_json", "right_topic", "right_answer")
         ]
         return f"{', '.join(rates)} ({n} questions, {self.seconds:.0f} s)"
 
 
 @dataclass(frozen=True)
 class RetentionScore:
-    """What is left of the model's plain knowledge: replies that contain the answer, in plain words or wrapped in JSON."""
+    """What is left of the model's plain knowledge: replies that contain the answer, in plain words
+    or wrapped in JSON.
+    """
 
     questions: Sequence[Question]
     replies: list[str]
@@ -100,14 +109,17 @@ class RetentionScore:
     def __str__(self) -> str:
         n = len(self.kept)
         return (
-            f"retention {percent(self.rate, n)}, right but wrapped in JSON {percent(self.wrapped_rate, n)} "
+            f"retention {percent(self.rate, n)}, right but wrapped in JSON "
+            f"{percent(self.wrapped_rate, n)} "
             f"({n} questions, {self.seconds:.0f} s)"
         )
 
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How records are answered. loss: response loss, the mean of -log p over all answer tokens, in nats; exact: one a record."""
+    """How records are answered. loss: response loss, the mean of -log p over all answer tokens, in
+    nats; exact: one a record.
+    """
 
     loss: float
     exact: list[bool]
@@ -119,7 +131,9 @@ class AnswerScore:
 
 
 def read_task(split: str) -> list[Record]:
-    """The task of the week: the records of "train", "validation" or "test"; entities and phrasings of one are in no other."""
+    """The task of the week: the records of "train", "validation" or "test"; entities and phrasings
+    of one are in no other.
+    """
     records = read_records(data_folder() / TASK_FILE, extra=TASK_FIELDS).records
     chosen = [record for record in records if record.extra["split"] == split]
     if not chosen:
@@ -128,12 +142,18 @@ def read_task(split: str) -> list[Record]:
 
 
 def draw_questions(count: int) -> list[Record]:
-    """`count` test questions of the task of the week, evenly over its ten topics; the same ones at every call."""
+    """`count` test questions of the task of the week, evenly over its ten topics; the same ones at
+    every call.
+    """
     by_topic: dict[str, list[Record]] = {}
     for record in read_task("test"):
         by_topic.setdefault(record.extra["topic"], []).append(record)
     draw = random.Random(0)
-    return [record for topic in sorted(by_topic) for record in draw.sample(by_topic[topic], count // len(by_topic))]
+    return [
+        record
+        for topic in sorted(by_topic)
+        for record in draw.sample(by_topic[topic], count // len(by_topic))
+    ]
 
 
 def read_retention(path: Path | None = None) -> list[Question]:
@@ -141,28 +161,47 @@ def read_retention(path: Path | None = None) -> list[Question]:
     path = path or data_folder() / RETENTION_FILE
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        questions = [Question(row["question"], tuple(row["answers"])) for row in rows if isinstance(row["answers"], list)]
+        questions = [
+            Question(row["question"], tuple(row["answers"]))
+            for row in rows
+            if isinstance(row["answers"], list)
+        ]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         rows, questions = [], []
-    if not questions or len(questions) < len(rows) or not all(question.answers for question in questions):
-        raise DataError(f'{path} is not a list of {{"question": text, "answers": [text]}}: restore it')
+    if (
+        not questions
+        or len(questions) < len(rows)
+        or not all(question.answers for question in questions)
+    ):
+        raise DataError(
+            f'{path} is not a list of {{"question": text, "answers": [text]}}: restore it'
+        )
     return questions
 
 
 def evaluate(base: "Loaded", records: Sequence[Record], batch_size: int = 64) -> TaskScore:
-    """Answer every question of the task greedily in the Alpaca template and compare with its record. Batched; changes nothing."""
+    """Answer every question of the task greedily in the Alpaca template and compare with its
+    record. Batched; changes nothing.
+    """
     if not records:
         raise CourseError("there are no questions to evaluate on")
     for record in records:
         if _answer_object(record.output) is None:
-            raise CourseError(f"{record.output[:60]!r} is no answer of the task: expected records of read_task(...)")
+            raise CourseError(
+                f"{record.output[:60]!r} is no answer of the task: expected records of "
+                "read_task(...)"
+            )
     with measure(base.model.device.type) as cost:
         prompts = [encode_prompt(record, base.tokenizer) for record in records]
         replies = generate(base, prompts, ANSWER_TOKENS, batch_size)
-    return TaskScore([judge(record, reply) for record, reply in zip(records, replies, strict=True)], cost.seconds)
+    return TaskScore(
+        [judge(record, reply) for record, reply in zip(records, replies, strict=True)], cost.seconds
+    )
 
 
-def evaluate_retention(base: "Loaded", questions: Sequence[Question], batch_size: int = 64) -> RetentionScore:
+def evaluate_retention(
+    base: "Loaded", questions: Sequence[Question], batch_size: int = 64
+) -> RetentionScore:
     """Ask every plain question as `chat_prompt` puts it, greedily. Batched; changes nothing."""
     if not questions:
         raise CourseError("there are no questions to evaluate on")
@@ -213,26 +252,88 @@ def contains(reply: str, answer: str) -> bool:
     >>> contains("It is the Sun.", "sun"), contains("On Sunday.", "sun")
     (True, False)
     """
-    words = ["".join(letter if letter.isalnum() else " " for letter in text.casefold()).split() for text in (reply, answer)]
+    words = [
+        "".join(letter if letter.isalnum() else " " for letter in text.casefold()).split()
+        for text in (reply, answer)
+    ]
     return f" {' '.join(words[1])} " in f" {' '.join(words[0])} "
 
 
-def percent(rate: float, n: int) -> str:
-    """A rate with its standard error over n questions, in percentage points.
+def interval(percentage: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a rate over n questions, in percent (Wilson 1927, doi
+    10.1080/01621459.1927.10502953).
 
-    Two right and two wrong answers are added for the error (Agresti and Coull 1998), which is not zero even at 0 and 100 %.
-
-    >>> percent(0.5, 100), percent(0.0, 100)
-    ('50 ± 5 %', '0 ± 1 %')
+    >>> [round(end) for end in interval(93, 100)], [round(end) for end in interval(0, 100)]
+    ([86, 97], [0, 4])
     """
-    p = (rate * n + 2) / (n + 4)
-    return f"{100 * rate:.0f} ± {100 * math.sqrt(p * (1 - p) / (n + 4)):.0f} %"
+    p, z = percentage / 100, 1.959964  # of the normal distribution
+    centre, width = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return 100 * max(0.0, (centre - width) / (1 + z**2 / n)), 100 * min(
+        1.0, (centre + width) / (1 + z**2 / n)
+    )
+
+
+def percent(rate: float, n: int) -> str:
+    """A rate from 0 to 1 in percent, with its 95 % interval over n questions.
+
+    >>> percent(0.93, 100)
+    '93 % (86 to 97)'
+    """
+    low, high = interval(100 * rate, n)
+    return f"{100 * rate:.0f} % ({low:.0f} to {high:.0f})"
+
+
+class Headline:
+    """The result of a day: a table for readers, and one JSON object that the course page, the
+    slides and the tests read.
+
+    results: measure -> {"before": number, "after": number, "unit": "percent" or another,
+        "questions": how many a percentage is of}
+
+    >>> topic = {"before": 0.0, "after": 93.0, "unit": "percent", "questions": 100}
+    >>> Headline({"right topic": topic})
+    right topic: 0 % (0 to 4) → 93 % (86 to 97)
+    """
+
+    def __init__(self, results: Mapping[str, Mapping[str, Any]]):
+        self.results = {measure: dict(result) for measure, result in results.items()}
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            f"{name}: {' → '.join(filter(None, cells))}"
+            for name, *cells in map(dict.values, self._rows())
+        )
+
+    def _rows(self) -> list[dict[str, str]]:
+        def shown(result: dict[str, Any], when: str) -> str:
+            value = result.get(when)
+            if value is None:
+                return ""
+            if result["unit"] == "percent":
+                return percent(value / 100, result["questions"])
+            return (
+                f"{value:,.3g} {result['unit']}"
+                if isinstance(value, float)
+                else f"{value:,} {result['unit']}"
+            )
+
+        rows = self.results.items()
+        return [
+            {"": name, "before": shown(result, "before"), "after": shown(result, "after")}
+            for name, result in rows
+        ]
+
+    def _repr_mimebundle_(self, **unused: Any) -> dict[str, Any]:
+        table = plots.table(self._rows()).data
+        return {"text/plain": repr(self), "text/html": table, "application/json": self.results}
 
 
 def score_answers(base: "Loaded", records: Sequence[Record], batch_size: int = 64) -> AnswerScore:
-    """Compare the model's next token with the right one at every position of every answer, EOS included, given the tokens before.
+    """Compare the model's next token with the right one at every position of every answer, EOS
+    included, given the tokens before.
 
-    One forward pass, and no text is generated: a greedy reply equals the answer if every one of its tokens is the likeliest.
+    One forward pass, and no text is generated: a greedy reply equals the answer if every one of its
+    tokens is the likeliest.
     """
     _check_batch_size(batch_size)
     if not records:
@@ -251,17 +352,23 @@ def score_answers(base: "Loaded", records: Sequence[Record], batch_size: int = 6
             token_losses = torch.nn.functional.cross_entropy(logits, right, reduction="none")
             likeliest = logits.argmax(-1) == right
         counts = [len(examples[index].supervised_ids) for index in indices]
-        for index, loss, hits in zip(indices, token_losses.split(counts), likeliest.split(counts), strict=True):
+        for index, loss, hits in zip(
+            indices, token_losses.split(counts), likeliest.split(counts), strict=True
+        ):
             losses[index], exact[index] = loss.sum().item(), bool(hits.all())
-    return AnswerScore(sum(losses) / sum(len(example.supervised_ids) for example in examples), exact)
+    return AnswerScore(
+        sum(losses) / sum(len(example.supervised_ids) for example in examples), exact
+    )
 
 
 def perplexity(base: "Loaded", texts: Sequence[str], batch_size: int = 8) -> float:
-    """exp of the mean of -log p(token | the tokens of its text before it), over all tokens of all texts but each text's first one.
+    """exp of the mean of -log p(token | the tokens of its text before it), over all tokens of all
+    texts but each text's first one.
 
-    Between how many equally likely tokens the model hesitates, on average. It is counted a token, so two models compare only if
-    they share a tokenizer. A text is tokenized as the tokenizer does by default, with BOS where it puts one.
-    Raises CourseError if a text has fewer than two tokens, or more than the model has positions.
+    Between how many equally likely tokens the model hesitates, on average. It is counted a token,
+    so two models compare only if they share a tokenizer. A text is tokenized as the tokenizer does
+    by default, with BOS where it puts one. Raises CourseError if a text has fewer than two tokens,
+    or more than the model has positions.
     """
     _check_batch_size(batch_size)
     longest = base.model.config.max_position_embeddings
@@ -269,7 +376,9 @@ def perplexity(base: "Loaded", texts: Sequence[str], batch_size: int = 8) -> flo
     for number, text in enumerate(texts, start=1):
         ids = base.tokenizer(text)["input_ids"]
         if not 2 <= len(ids) <= longest:
-            raise CourseError(f"text {number} has {len(ids)} tokens, perplexity needs 2 to {longest}")
+            raise CourseError(
+                f"text {number} has {len(ids)} tokens, perplexity needs 2 to {longest}"
+            )
         examples.append(Example(ids, ids))
     if not examples:
         raise CourseError("there are no texts to score")
@@ -285,40 +394,57 @@ def perplexity(base: "Loaded", texts: Sequence[str], batch_size: int = 8) -> flo
     return torch.cat(losses).double().mean().exp().item()
 
 
-def text_scores(replies: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> dict[str, float]:
-    """ROUGE-L, the mean F1 over replies, and BLEU of the replies as one corpus; both from 0 to 100, through their libraries.
+def text_scores(
+    replies: Sequence[str], references: Sequence[str], tokenize: str = "13a"
+) -> dict[str, float]:
+    """ROUGE-L, the mean F1 over replies, and BLEU of the replies as one corpus; both from 0 to 100,
+    through their libraries.
 
-    tokenize: sacrebleu's tokenizer; "zh" for Chinese
-    Needs the packages rouge-score and sacrebleu. BLEU counts up to four words in a row, so for a single short reply it is mostly
-    smoothing, and 0 for a reply of fewer than four words.
+    tokenize: sacrebleu's tokenizer; "zh" for Chinese Needs the packages rouge-score and sacrebleu.
+    BLEU counts up to four words in a row, so for a single short reply it is mostly smoothing, and 0
+    for a reply of fewer than four words.
 
     >>> text_scores(["the cat sat on the mat"], ["the cat sat on the mat"])
     {'ROUGE-L': 100.0, 'BLEU': 100.0}
     """
     if not replies or len(replies) != len(references):
-        raise CourseError(f"found {len(replies)} replies and {len(references)} references, expected one for one, and at least one")
+        raise CourseError(
+            f"found {len(replies)} replies and {len(references)} references, expected one for one, "
+            "and at least one"
+        )
     try:
         import sacrebleu
     except ImportError:
         raise CourseError("the package sacrebleu is missing: pip install sacrebleu") from None
     scorer = rouge_scorer()
-    f1 = [scorer.score(right, reply)["rougeL"].fmeasure for reply, right in zip(replies, references, strict=True)]
+    f1 = [
+        scorer.score(right, reply)["rougeL"].fmeasure
+        for reply, right in zip(replies, references, strict=True)
+    ]
     bleu = sacrebleu.corpus_bleu(list(replies), [list(references)], tokenize=tokenize).score
-    return {"ROUGE-L": 100 * sum(f1) / len(f1), "BLEU": min(bleu, 100.0)}  # sacrebleu gives 100.00000000000004
+    # sacrebleu gives 100.00000000000004
+    return {"ROUGE-L": 100 * sum(f1) / len(f1), "BLEU": min(bleu, 100.0)}
 
 
 def chat_prompt(base: "Loaded", question: str) -> list[int]:
-    """A plain question as the model's own chat template puts it; a plain base, which has none, gets a question-and-answer page."""
+    """A plain question as the model's own chat template puts it; a plain base, which has none, gets
+    a question-and-answer page.
+    """
     if base.tokenizer.chat_template is None:
         return base.tokenizer(f"Question: {question}\nAnswer:")["input_ids"]
-    text = base.tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
+    text = base.tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+    )
     return base.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def generate(base: "Loaded", prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int = 64) -> list[str]:
+def generate(
+    base: "Loaded", prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int = 64
+) -> list[str]:
     """Greedy continuations of token ids, without special tokens, in the order of `prompts`.
 
-    Prompts of similar length share a batch, padded on the left, so that every reply starts at the same position.
+    Prompts of similar length share a batch, padded on the left, so that every reply starts at the
+    same position.
     """
     _check_batch_size(batch_size)
     pad_id = base.tokenizer.pad_token_id
@@ -331,7 +457,12 @@ def generate(base: "Loaded", prompts: Sequence[list[int]], max_new_tokens: int, 
             indices = by_length[start : start + batch_size]
             longest = len(prompts[indices[-1]])
             padding = [longest - len(prompts[index]) for index in indices]
-            ids = torch.tensor([[pad_id] * pads + prompts[index] for pads, index in zip(padding, indices, strict=True)])
+            ids = torch.tensor(
+                [
+                    [pad_id] * pads + prompts[index]
+                    for pads, index in zip(padding, indices, strict=True)
+                ]
+            )
             mask = torch.tensor([[0] * pads + [1] * (longest - pads) for pads in padding])
             with torch.inference_mode():
                 generated = base.model.generate(
@@ -358,6 +489,10 @@ def _answer_object(reply: str) -> dict[str, str] | None:
         found = json.loads(reply)
     except (ValueError, RecursionError):
         return None
-    if isinstance(found, dict) and found.keys() == {"answer", "topic"} and all(isinstance(text, str) for text in found.values()):
+    if (
+        isinstance(found, dict)
+        and found.keys() == {"answer", "topic"}
+        and all(isinstance(text, str) for text in found.values())
+    ):
         return found
     return None

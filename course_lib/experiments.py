@@ -1,20 +1,24 @@
 """Methods compared over seeds on one task: the table of the week, and the sweeps of a day.
 
-    methods = [Method(f"LoRA r={r}", 5e-3, adapted(rank=r)) for r in (1, 4, 16)]
-    outcomes = compare(methods, world_experiment(), machine)
-    plots.table(summary(outcomes))
+    methods = [Method("LoRA", 5e-3, {"rank": r}, adapted(rank=r)) for r in (1, 4, 16)]
+    sweep = compare(methods, world_experiment(), machine)
+    plots.table(summary(sweep))
 
-A seed decides the order of the examples and the random start of what a method adds; the base and the split stay the same. So the
-spread over seeds does not contain the chance in the choice of the test questions, which the standard error of a rate does.
+An outcome is one method with one seed. It carries its settings, and a sweep the units of its
+scores, so that nothing is read out of a name. Committed sweeps are JSON files in data/measured/,
+one schema: `read` gives them back, `write` keeps a new one.
+
+A seed decides the order of the examples and the random start of what a method adds; the base and
+the split stay the same. So the spread over seeds does not contain the chance in the choice of the
+test questions; the 95 % interval of a rate does.
 """
 
 import gc
 import json
-import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,39 +36,57 @@ if TYPE_CHECKING:
     from course_lib.models import Loaded
 
 SEEDS = (0, 1, 2)
-WEEK_FILE = "table_of_the_week.json"
-QUALITY_FILE = "data_quality.json"
-EFFECTS_FILE = "tiny_llama/effects.json"
-LORA_FILE = "lora_effects.json"
 MAX_TOKENS = 256  # above every record of both experiments; a longer one stops the comparison
+DIGITS = {"nats": 3, "percent": 1, "perplexity": 2, "seconds": 1, "GB": 2}  # after the point
 Prepare = Callable[["Loaded"], None]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train. prepare: changes `base.model` before training (freezes it, wraps it, quantises it); None trains all weights.
+    """A way to train. settings: what tells it from others of its name, beside the learning rate.
 
-    learning_rate: None leaves the model as `prepare` made it, for a first row or for quantisation without training
+    learning_rate: None leaves the model as `prepare` made it, for a first row or for quantisation
+        without training
+    prepare: changes `base.model` before training (freezes it, wraps it); None trains all weights
     mask_prompt: False trains on the prompt, too
     quantize: of the base, as in `models.load`
     """
 
     name: str
     learning_rate: float | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     prepare: Prepare | None = None
     mask_prompt: bool = True
     quantize: str | None = None
 
+    @property
+    def all_settings(self) -> dict[str, Any]:
+        rate = {} if self.learning_rate is None else {"learning rate": self.learning_rate}
+        return dict(self.settings) | rate
+
+
+@dataclass(frozen=True)
+class Measure:
+    """unit: "nats", "percent", "perplexity"; questions: how many a percentage is of, None for other
+    units.
+    """
+
+    unit: str
+    questions: int | None = None
+
+
+COSTS = {"time": Measure("seconds"), "peak memory": Measure("GB")}  # of training, in every sweep
+
 
 @dataclass(frozen=True)
 class Experiment:
-    """What methods are compared on. base: a name of `models`.
-
-    score: named measures of a trained base: "response loss" in nats, all others rates from 0 to 1
+    """What methods are compared on. base: a name of `models`; score: the measures of a trained
+    base, in their units.
     """
 
     base: str
     train: Sequence[Record]
+    measures: Mapping[str, Measure]
     score: Callable[["Loaded"], dict[str, float]]
     steps: int
     batch_size: int
@@ -73,75 +95,192 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One method, one seed. trained: weights with a gradient; seconds and peak_bytes: of training, 0 without it.
+    """One method, one seed. trained: weights with a gradient; seconds and peak_bytes: of training,
+    0 without it.
 
-    On a CPU peak_bytes is the resident memory of the whole process: on the tiny model that is mostly the libraries.
+    On a CPU peak_bytes is the resident memory of the whole process: on the tiny model that is
+    mostly the libraries.
     """
 
     method: str
+    settings: dict[str, Any]
     seed: int
     trained: int
     scores: dict[str, float]
-    seconds: float
-    peak_bytes: int
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Scores and costs."""
+        return self.scores | {"time": self.seconds, "peak memory": self.peak_bytes / 1e9}
+
+    @property
+    def label(self) -> str:
+        """Method and settings, for readers.
+
+        >>> settings = {"rank": 8, "layers": "q and v", "learning rate": 0.002}
+        >>> Outcome("LoRA", settings, 0, 8, {}).label
+        'LoRA, rank 8, q and v, learning rate 0.002'
+        """
+        parts = [
+            str(value) if isinstance(value, str) else f"{name} {value:g}"
+            for name, value in self.settings.items()
+        ]
+        return ", ".join([self.method, *parts])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Outcomes, with what their scores mean. about: one sentence; recipe: the command that measured
+    them.
+    """
+
+    outcomes: list[Outcome]
+    measures: Mapping[str, Measure]
+    about: str = ""
+    recipe: str = ""
+
+    def where(self, *methods: str, **settings: Any) -> "Sweep":
+        """The outcomes of these methods, all if none is named, with these settings; "_" in a name
+        stands for a space.
+        """
+        wanted = {name.replace("_", " "): value for name, value in settings.items()}
+        chosen = [
+            outcome
+            for outcome in self.outcomes
+            if (not methods or outcome.method in methods)
+            and all(outcome.settings.get(name) == value for name, value in wanted.items())
+        ]
+        return replace(self, outcomes=chosen)
+
+    def __add__(self, other: "Sweep") -> "Sweep":
+        """Both, on the measures that they share."""
+        shared = {
+            name: measure for name, measure in self.measures.items() if name in other.measures
+        }
+        return replace(self, outcomes=[*self.outcomes, *other.outcomes], measures=shared)
+
+    def by_label(self) -> dict[str, list[Outcome]]:
+        """The seeds of each method with its settings, in the order of the file."""
+        labels = dict.fromkeys(outcome.label for outcome in self.outcomes)
+        return {
+            label: [outcome for outcome in self.outcomes if outcome.label == label]
+            for label in labels
+        }
+
+    def mean(self, measure: str) -> float:
+        """Over all outcomes, in the measure's unit."""
+        return statistics.mean(outcome.scores[measure] for outcome in self.outcomes)
 
 
 def world_experiment(
-    train: Sequence[Record] | None = None, test: Sequence[Record] | None = None, steps: int = 150, batch_size: int = 16
+    train: Sequence[Record] | None = None,
+    test: Sequence[Record] | None = None,
+    steps: int = 150,
+    batch_size: int = 16,
 ) -> Experiment:
-    """The 18 instruction tasks of the generated world, for `tiny`: response loss and exact match on 540 held-out records.
+    """The 18 instruction tasks of the generated world, for `tiny`: response loss and exact match on
+    540 held-out records.
 
-    "not hard" is the exact match without the hard tasks. There is no validation split: a learning rate chosen here is chosen on the
-    test records, so compare methods at several.
+    "not hard" is the exact match without the hard tasks. There is no validation split: a learning
+    rate chosen here is chosen on the test records, so compare methods at several.
     """
     test = world.read_world("test") if test is None else test
 
+    easy = [record.extra.get("task") not in world.HARD for record in test]
+    measures = {"response loss": Measure("nats"), "exact match": Measure("percent", len(test))}
+    if any(easy) and not all(easy):
+        measures["not hard"] = Measure("percent", sum(easy))
+
     def score(base: "Loaded") -> dict[str, float]:
         answers = evaluation.score_answers(base, test)
-        hard = [record.extra.get("task") in world.HARD for record in test]
-        scores = {"response loss": answers.loss, "exact match": answers.exact_rate}
-        if any(hard) and not all(hard):
-            easy = [exact for exact, is_hard in zip(answers.exact, hard, strict=True) if not is_hard]
-            scores["not hard"] = sum(easy) / len(easy)
-        return scores
+        exact_and_easy = sum(
+            exact and is_easy for exact, is_easy in zip(answers.exact, easy, strict=True)
+        )
+        scores = {
+            "response loss": answers.loss,
+            "exact match": 100 * answers.exact_rate,
+            "not hard": 100 * exact_and_easy / max(1, sum(easy)),
+        }
+        return {name: scores[name] for name in measures}
 
-    return Experiment("tiny", world.read_world("train") if train is None else train, score, steps, batch_size)
+    return Experiment(
+        "tiny",
+        world.read_world("train") if train is None else train,
+        measures,
+        score,
+        steps,
+        batch_size,
+    )
 
 
 def week_experiment() -> Experiment:
-    """The task of the week on the small model, with Day 1's recipe: the whole test split, and what is retained."""
+    """The task of the week on the small model, with Day 1's recipe: the whole test split, and what
+    is retained.
+    """
     test, questions = evaluation.read_task("test"), evaluation.read_retention()
+    rates = ("valid JSON", "right topic", "right answer")
+    measures = {"response loss": Measure("nats")} | dict.fromkeys(
+        rates, Measure("percent", len(test))
+    )
+    measures["retention"] = Measure("percent", len(questions))
 
     def score(base: "Loaded") -> dict[str, float]:
         answers = evaluation.evaluate(base, test)
-        return {
-            "response loss": evaluation.score_answers(base, test).loss,
-            "valid JSON": answers.rate("valid_json"),
-            "right topic": answers.rate("right_topic"),
-            "right answer": answers.rate("right_answer"),
-            "retention": evaluation.evaluate_retention(base, questions).rate,
-        }
+        scores = {"response loss": evaluation.score_answers(base, test).loss}
+        scores |= {name: 100 * answers.rate(name.lower().replace(" ", "_")) for name in rates}
+        return scores | {"retention": 100 * evaluation.evaluate_retention(base, questions).rate}
 
-    return Experiment("smollm2-135m", evaluation.read_task("train"), score, steps=32, batch_size=4, warmup_steps=3)
+    return Experiment(
+        "smollm2-135m",
+        evaluation.read_task("train"),
+        measures,
+        score,
+        steps=32,
+        batch_size=4,
+        warmup_steps=3,
+    )
 
 
-def adapted(rank: int, alpha: float | None = None, targets: Targets = ALL_LINEAR, rank_stabilized: bool = False) -> Prepare:
-    """LoRA on the linear layers that `targets` means; alpha is twice the rank if not given. A run's seed draws the A's."""
+def adapted(
+    rank: int,
+    alpha: float | None = None,
+    targets: Targets = ALL_LINEAR,
+    rank_stabilized: bool = False,
+) -> Prepare:
+    """LoRA on the linear layers that `targets` means; alpha is twice the rank if not given.
+
+    A run's seed draws the A's.
+    """
 
     def prepare(base: "Loaded") -> None:
         scale = 2 * rank if alpha is None else alpha
-        add_lora(base.model, rank, scale, targets, rank_stabilized=rank_stabilized, seed=torch.initial_seed())
+        add_lora(
+            base.model,
+            rank,
+            scale,
+            targets,
+            rank_stabilized=rank_stabilized,
+            seed=torch.initial_seed(),
+        )
 
     return prepare
 
 
 def last_blocks(count: int) -> Prepare:
-    """Train the last blocks of the model, and nothing else. Raises CourseError, once it meets a model, if that has fewer."""
+    """Train the last blocks of the model, and nothing else.
+
+    Raises CourseError, once it meets a model, if that has fewer.
+    """
 
     def prepare(base: "Loaded") -> None:
         blocks = len(base.model.model.layers)
         if not isinstance(count, int) or not 1 <= count <= blocks:
-            raise CourseError(f"count={count!r} must be a whole number in 1..{blocks}, the blocks of {base.name}: choose one")
+            raise CourseError(
+                f"count={count!r} must be a whole number in 1..{blocks}, the blocks of "
+                f"{base.name}: choose one"
+            )
         base.model.requires_grad_(False)
         base.model.model.layers[-count:].requires_grad_(True)
 
@@ -149,36 +288,53 @@ def last_blocks(count: int) -> Prepare:
 
 
 def compare(
-    methods: Sequence[Method], experiment: Experiment, machine: Machine, seeds: Sequence[int] = SEEDS, progress: bool = True
-) -> list[Outcome]:
-    """Train every method with every seed, each from a fresh base, and score it. A method without training is scored once.
+    methods: Sequence[Method],
+    experiment: Experiment,
+    machine: Machine,
+    seeds: Sequence[int] = SEEDS,
+    progress: bool = True,
+) -> Sweep:
+    """Train every method with every seed, each from a fresh base, and score it.
 
-    Raises CourseError if a name or a seed stands twice, if the base cannot be had, or if a run fails; it names the run.
+    A method without training is scored once.
+
+    Raises CourseError if a method or a seed stands twice, if the base cannot be had, or if a run
+    fails; it names the run.
     """
-    names = [method.name for method in methods]
-    if not methods or not seeds or len(set(names)) < len(names) or len(set(seeds)) < len(seeds):
-        raise CourseError(f"found methods {names} and seeds {list(seeds)}, expected at least one of each, all different")
-    runs = [(method, seed) for method in methods for seed in (seeds if method.learning_rate is not None else seeds[:1])]
+    labels = [Outcome(method.name, method.all_settings, 0, 0, {}).label for method in methods]
+    if not methods or not seeds or len(set(labels)) < len(labels) or len(set(seeds)) < len(seeds):
+        raise CourseError(
+            f"found methods {labels} and seeds {list(seeds)}, expected at least one of each, all "
+            "different"
+        )
+    runs = [
+        (method, seed)
+        for method in methods
+        for seed in (seeds if method.learning_rate is not None else seeds[:1])
+    ]
     outcomes = []
     for method, seed in tqdm(runs, desc="runs", unit="run", file=sys.stdout, disable=not progress):
         try:
             outcomes.append(_run(method, seed, experiment, machine))
         except CourseError as error:
-            raise CourseError(f"{method.name}, seed {seed}: {error}") from None
+            raise CourseError(f"{labels[methods.index(method)]}, seed {seed}: {error}") from None
         gc.collect()  # the model of this run, or memory would grow from run to run
-    return outcomes
+    return Sweep(outcomes, experiment.measures)
 
 
 def _run(method: Method, seed: int, experiment: Experiment, machine: Machine) -> Outcome:
+    quiet = lambda line: None  # noqa: E731
     seed_everything(seed)
-    base = models.load(experiment.base, machine, quantize=method.quantize, say=_quiet)
+    base = models.load(experiment.base, machine, quantize=method.quantize, say=quiet)
     if base.name != experiment.base:
         raise CourseError(f"this comparison needs {experiment.base}, found {base.origin}")
     if method.prepare is not None:
         method.prepare(base)
     if method.learning_rate is None:
-        return Outcome(method.name, seed, 0, experiment.score(base), 0.0, 0)
-    encoding = encode_records(experiment.train, base.tokenizer, MAX_TOKENS, mask_prompt=method.mask_prompt)
+        return Outcome(method.name, method.all_settings, seed, 0, experiment.score(base))
+    encoding = encode_records(
+        experiment.train, base.tokenizer, MAX_TOKENS, mask_prompt=method.mask_prompt
+    )
     if encoding.refused:
         raise CourseError(f"a training record was refused: {encoding.refused[0]}")
     run = training.finetune(
@@ -191,69 +347,54 @@ def _run(method: Method, seed: int, experiment: Experiment, machine: Machine) ->
         learning_rate=method.learning_rate,
         seed=seed,
         progress=False,
-        say=_quiet,
+        say=quiet,
     )
     trained = sum(weight.numel() for weight in base.model.parameters() if weight.requires_grad)
-    return Outcome(method.name, seed, trained, experiment.score(base), run.seconds, run.peak_bytes)
+    scores = experiment.score(base)
+    return Outcome(
+        method.name, method.all_settings, seed, trained, scores, run.seconds, run.peak_bytes
+    )
 
 
-def _quiet(line: str) -> None:
-    pass
+def summary(sweep: Sweep, *measures: str) -> list[dict[str, Any]]:
+    """A row a method: weights trained, the measures as mean ± standard deviation over seeds.
 
+    measures: all of the sweep if none is named; of COSTS, too. A percentage also has its 95 %
+        interval as a rate of its questions, the chance in their choice: `evaluation.interval`.
 
-def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """A row a method: weights trained, every score as mean ± standard deviation over seeds, seconds, the largest peak in GB.
-
-    Response loss is in nats, all other scores are rates, shown in percent.
-
-    >>> outcomes = [Outcome("LoRA", seed, 8, {"exact match": rate}, 2.0, 10**9) for seed, rate in enumerate((0.5, 0.7))]
-    >>> summary(outcomes)
-    [{'method': 'LoRA', 'trained': '8', 'exact match': '60.0 ± 14.1', 'seconds': '2.0 ± 0.0', 'peak GB': '1.00', 'seeds': 2}]
+    >>> scores = ({"exact match": 50.0}, {"exact match": 70.0})
+    >>> runs = [Outcome("LoRA", {"rank": 2}, seed, 8, score) for seed, score in enumerate(scores)]
+    >>> (row,) = summary(Sweep(runs, {"exact match": Measure("percent", 100)}))
+    >>> row["method"], row["trained"], row["exact match (percent)"], row["seeds"]
+    ('LoRA, rank 2', '8', '60.0 ± 14.1 [50, 69]', 2)
     """
     rows = []
-    for name in dict.fromkeys(outcome.method for outcome in outcomes):
-        runs = [outcome for outcome in outcomes if outcome.method == name]
-        row: dict[str, Any] = {"method": name, "trained": f"{runs[0].trained:,}"}
-        for measure in runs[0].scores:
-            values = [run.scores[measure] for run in runs]
-            row[measure] = spread(values, ".3f") if measure == "response loss" else spread([100 * value for value in values], ".1f")
-        was_trained = runs[0].trained > 0
-        row["seconds"] = spread([run.seconds for run in runs], ".1f") if was_trained else ""
-        row["peak GB"] = f"{max(run.peak_bytes for run in runs) / 1e9:.2f}" if was_trained else ""
+    for label, runs in sweep.by_label().items():
+        row: dict[str, Any] = {"method": label, "trained": f"{runs[0].trained:,}"}
+        for name in measures or sweep.measures:
+            measure = (sweep.measures | COSTS)[name]
+            values = [run.values[name] for run in runs]
+            text = spread(values, DIGITS[measure.unit]) if any(values) or name not in COSTS else ""
+            if measure.questions:
+                text += " [{:.0f}, {:.0f}]".format(
+                    *evaluation.interval(statistics.mean(values), measure.questions)
+                )
+            row[f"{name} ({measure.unit})"] = text
         rows.append(row | {"seeds": len(runs)})
     return rows
 
 
-def spread(values: Sequence[float], digits: str) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
     """Mean ± standard deviation (of a sample); one value stands alone.
 
-    >>> spread([1.0, 2.0, 3.0], ".1f"), spread([1.0], ".1f")
-    ('2.0 ± 1.0', '1.0')
+    >>> spread([1.0, 2.0, 3.0], 1), spread([1.0], 2)
+    ('2.0 ± 1.0', '1.00')
     """
-    mean = format(statistics.mean(values), digits)
-    return f"{mean} ± {format(statistics.stdev(values), digits)}" if len(values) > 1 else mean
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def learned_and_kept(outcomes: Sequence[Outcome]) -> dict[str, list[tuple[float, float]]]:
-    """Response loss and retention in percent of every trained run, by method; of its name a learning rate at the end is left out.
-
-    Raises CourseError for a run that was not scored on both.
-
-    >>> learned_and_kept([Outcome("LoRA, 0.001", 0, 8, {"response loss": 0.2, "retention": 0.9}, 2.0, 10**9)])
-    {'LoRA': [(0.2, 90.0)]}
-    """
-    points: dict[str, list[tuple[float, float]]] = {}
-    for outcome in outcomes:
-        if outcome.trained:
-            if not {"response loss", "retention"} <= outcome.scores.keys():
-                found = f"{outcome.method} has the scores {', '.join(outcome.scores)}"
-                raise CourseError(f"{found}, expected response loss and retention: compare on week_experiment()")
-            method = re.sub(r", [\d.e-]+$", "", outcome.method)
-            points.setdefault(method, []).append((outcome.scores["response loss"], 100 * outcome.scores["retention"]))
-    return points
-
-
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a Markdown table, for model cards and datasheets.
 
     >>> print(markdown([{"method": "LoRA", "seeds": 3}]))
@@ -261,44 +402,48 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     |---|---|
     | LoRA | 3 |
     """
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join(f"|{'|'.join(cells)}|" if cells[0] == "---" else f"| {' | '.join(map(str, cells))} |" for cells in lines)
+    lines = [
+        f"| {' | '.join(map(str, cells))} |" for cells in (rows[0], *(row.values() for row in rows))
+    ]
+    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
 
 
-def write_outcomes(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Keep outcomes in a JSON file."""
-    path.write_text(json.dumps(as_json(outcomes), indent=1) + "\n", encoding="utf-8")
+def path_of(name: str) -> Path:
+    return data_folder() / "measured" / f"{name}.json"
 
 
-def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Outcomes as JSON objects, numbers rounded to what can be believed."""
-    rows = [asdict(outcome) for outcome in outcomes]
-    for row in rows:
-        row["scores"] = {name: round(value, 4) for name, value in row["scores"].items()}
-        row["seconds"] = round(row["seconds"], 1)
-    return rows
+def write(sweep: Sweep, name: str) -> None:
+    """Keep a sweep as data/measured/NAME.json, numbers rounded to what can be believed."""
+    content = asdict(sweep)
+    for outcome in content["outcomes"]:
+        outcome["scores"] = {
+            measure: round(value, 4) for measure, value in outcome["scores"].items()
+        }
+        outcome["seconds"] = round(outcome["seconds"], 1)
+    order = ("about", "recipe", "measures", "outcomes")
+    text = json.dumps({key: content[key] for key in order}, indent=1)
+    path_of(name).write_text(text + "\n", encoding="utf-8")
 
 
-def read_effect(name: str, file: str = EFFECTS_FILE) -> list[Outcome]:
-    """A measured effect by its name, such as "prompt_masking". file: in data/, EFFECTS_FILE (all on `tiny`) or LORA_FILE."""
-    path = data_folder() / file
+def read(name: str) -> Sweep:
+    """A committed sweep by the name of its file, such as "week".
+
+    Raises CourseError, which lists them, and DataError for a damaged file.
+    """
+    path = path_of(name)
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.json")))
+        raise CourseError(f"sweep {name!r} was not measured, expected one of {known}")
     try:
-        effects = json.loads(path.read_text(encoding="utf-8"))
-        outcomes = {effect: [Outcome(**row) for row in rows] for effect, rows in effects.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        raise DataError(f"{path} holds no measured effects: restore it, or measure again as data/README.md says") from None
-    if name not in outcomes:
-        raise CourseError(f"effect {name!r} was not measured, expected one of {', '.join(outcomes)}")
-    return outcomes[name]
-
-
-def read_outcomes(path: Path | None = None) -> list[Outcome]:
-    """Outcomes kept by `write_outcomes`; by default the table of the week."""
-    path = path or data_folder() / WEEK_FILE
-    try:
-        outcomes = [Outcome(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, RecursionError):
-        outcomes = []
-    if not outcomes:
-        raise DataError(f"{path} holds no outcomes of experiments: restore it, or measure again as data/README.md says")
-    return outcomes
+        content = json.loads(path.read_text(encoding="utf-8"))
+        measures = {measure: Measure(**about) for measure, about in content["measures"].items()}
+        outcomes = [Outcome(**outcome) for outcome in content["outcomes"]]
+        if not outcomes or any(
+            not outcome.scores.keys() <= measures.keys() for outcome in outcomes
+        ):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DataError(
+            f"{path} holds no sweep: restore it, or measure again as data/README.md says"
+        ) from None
+    return Sweep(outcomes, measures, content["about"], content["recipe"])

@@ -1,8 +1,11 @@
-"""The Hugging Face Hub: can this file be had from it now? Asked once, briefly, before any library asks at length.
+"""The Hugging Face Hub: can this file be had from it now?
 
-Left alone, the libraries retry for 40 to 70 seconds against a Hub that is closed, overloaded or silent, and for minutes against one
-that hangs in a download. One small request with a deadline tells whether it is there; a download ends when nothing arrives any
-more; a Hub that was silent once is not waited for a second time. HF_ENDPOINT (a mirror) and HF_HUB_OFFLINE are honoured.
+Asked once, briefly, before any library asks at length.
+
+Left alone, the libraries retry for 40 to 70 seconds against a Hub that is closed, overloaded or
+silent, and for minutes against one that hangs in a download. One small request with a deadline
+tells whether it is there; a download ends when nothing arrives any more; a Hub that was silent once
+is not waited for a second time. HF_ENDPOINT (a mirror) and HF_HUB_OFFLINE are honoured.
 """
 
 import contextlib
@@ -19,10 +22,12 @@ from course_lib.runtime import CourseError, first_line
 DEADLINE_SECONDS = 3.0  # for name lookup, connection and answer together
 RETRY_SECONDS = 1.0
 SILENCE_SECONDS = 5.0  # a download in which nothing arrives for so long is given up
-PIECE_BYTES = 2**16  # written to disk as they arrive: less than this in SILENCE_SECONDS, 13 kB/s, counts as nothing
+# written to disk as they arrive: less than this in SILENCE_SECONDS, 13 kB/s, counts as nothing
+PIECE_BYTES = 2**16
 SILENT = 3  # exit code of a download that was given up
 
-_silent: dict[str, str] = {}  # the endpoints that this process has waited for in vain, and what to say about them
+# the endpoints that this process has waited for in vain, and what to say about them
+_silent: dict[str, str] = {}
 
 
 class HubError(CourseError):
@@ -34,12 +39,14 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT", "").strip() or "https://huggingface.co").rstrip("/")
 
 
-def probe(repository: str, filename: str = "config.json", deadline: float = DEADLINE_SECONDS) -> None:
+def probe(
+    repository: str, filename: str = "config.json", deadline: float = DEADLINE_SECONDS
+) -> None:
     """Return if `filename` of `repository` can be downloaded, else raise HubError.
 
-    repository: "owner/name" of a model, or "datasets/owner/name"
-    A busy Hub (429 or 5xx) is asked a second time; the two requests together take at most 2 * deadline + 1 seconds. A Hub that did
-    not answer is not asked again by this process.
+    repository: "owner/name" of a model, or "datasets/owner/name" A busy Hub (429 or 5xx) is asked a
+    second time; the two requests together take at most 2 * deadline + 1 seconds. A Hub that did not
+    answer is not asked again by this process.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         raise HubError("HF_HUB_OFFLINE is set")
@@ -60,7 +67,9 @@ def probe(repository: str, filename: str = "config.json", deadline: float = DEAD
 
 
 def cached(repository: str) -> Path | None:
-    """The folder of a model in the Hub's cache on this machine, perhaps with files missing, or None. Asks nothing."""
+    """The folder of a model in the Hub's cache on this machine, perhaps with files missing, or
+    None. Asks nothing.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(repository, "config.json")
@@ -68,17 +77,25 @@ def cached(repository: str) -> Path | None:
 
 
 def download(repository: str, patterns: Sequence[str] = ()) -> Path:
-    """The folder of `repository` in the Hub's cache on this machine, after what is missing there was fetched.
+    """The folder of `repository` in the Hub's cache on this machine, after what is missing there
+    was fetched.
 
     repository: as for `probe`, which is asked first
-    patterns: which files to fetch from the top of the repository, one pattern after the other; all files if there are none
-    Raises HubError, for a Hub that hangs after SILENCE_SECONDS. Only a process can be stopped in the middle of a request, so
-    another one downloads; without Xet, whose transfers have long pauses of their own.
+    patterns: which files to fetch from the top of the repository, one pattern after the other; all
+    files if there are none Raises HubError, for a Hub that hangs after SILENCE_SECONDS. Only a
+    process can be stopped in the middle of a request, so another one downloads; without Xet, whose
+    transfers have long pauses of their own.
     """
     from huggingface_hub import constants
 
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    environment = {"PYTHONPATH": path, "HF_HUB_CACHE": str(constants.HF_HUB_CACHE), "HF_HUB_DISABLE_XET": "1"}
+    path = os.pathsep.join(
+        filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+    )
+    environment = {
+        "PYTHONPATH": path,
+        "HF_HUB_CACHE": str(constants.HF_HUB_CACHE),
+        "HF_HUB_DISABLE_XET": "1",
+    }
     result = subprocess.run(
         [sys.executable, "-m", "course_lib.hub", repository, *patterns],
         env={**os.environ, **environment},
@@ -94,7 +111,9 @@ def download(repository: str, patterns: Sequence[str] = ()) -> Path:
 
 
 def _fetch(repository: str, patterns: Sequence[str]) -> None:
-    """What `download` runs: fetch and print the folder, or exit as soon as the cache has not grown for SILENCE_SECONDS."""
+    """What `download` runs: fetch and print the folder, or exit as soon as the cache has not grown
+    for SILENCE_SECONDS.
+    """
     import psutil
     from huggingface_hub import constants, snapshot_download
 
@@ -120,7 +139,12 @@ def _fetch(repository: str, patterns: Sequence[str]) -> None:
     threading.Thread(target=watch, daemon=True).start()
     try:
         for pattern in patterns or [None]:
-            path = snapshot_download(name, repo_type=kind, allow_patterns=pattern, ignore_patterns="*/*" if pattern else None)
+            path = snapshot_download(
+                name,
+                repo_type=kind,
+                allow_patterns=pattern,
+                ignore_patterns="*/*" if pattern else None,
+            )
         print(path)
     except Exception as error:  # whatever the library raises; the cause says more than its advice
         sys.exit(first_line(error.__cause__ or error))
@@ -133,7 +157,10 @@ def _silence(what: str) -> HubError:
 
 
 def _status(url: str, deadline: float) -> int:
-    """The HTTP status of `url` without its body. A thread keeps the deadline, because name lookup knows no timeout."""
+    """The HTTP status of `url` without its body.
+
+    A thread keeps the deadline, because name lookup knows no timeout.
+    """
     import httpx
     from huggingface_hub import get_token
 

@@ -4,12 +4,14 @@ Paper: LoRA, Hu et al. 2021, arXiv 2106.09685, section 4.1, equation (3)
 
     h = W0 x + (alpha / r) B A x,      A: (r, d_in),  B: (d_out, r)
 
-`A` starts random and `B` starts at zero, so a fresh adapter changes nothing. With `rank_stabilized` the factor is alpha / sqrt(r)
-(Kalajdzievski 2023, arXiv 2312.03732). There is no dropout; peft's default is 0, too.
+`A` starts random and `B` starts at zero, so a fresh adapter changes nothing. With `rank_stabilized`
+the factor is alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732). There is no dropout; peft's
+default is 0, too.
 
-A layer holds any number of updates, each under a name, and one forward serves all their uses: one of them, none (the base model),
-a blend, or in one batch each on the rows of its own job (`fused_rows`). The updates of one name in all layers are an adapter.
-Training several at once is in `fusion`, adapters as files in `peft_format`.
+A layer holds any number of updates, each under a name, and one forward serves all their uses: one
+of them, none (the base model), a blend, or in one batch each on the rows of its own job
+(`fused_rows`). The updates of one name in all layers are an adapter. Training several at once is in
+`fusion`, adapters as files in `peft_format`.
 """
 
 import copy
@@ -28,10 +30,19 @@ from course_lib.surgery import LinearWrapper, Targets, layer_shape, weight_matri
 
 
 class LowRank(nn.Module):
-    """The update (alpha / r) B A of one layer. A is uniform within 1 / sqrt(d_in), B is zero; both are float32 and train."""
+    """The update (alpha / r) B A of one layer.
+
+    A is uniform within 1 / sqrt(d_in), B is zero; both are float32 and train.
+    """
 
     def __init__(
-        self, d_in: int, d_out: int, rank: int, alpha: float, rank_stabilized: bool = False, generator: Generator | None = None
+        self,
+        d_in: int,
+        d_out: int,
+        rank: int,
+        alpha: float,
+        rank_stabilized: bool = False,
+        generator: Generator | None = None,
     ):
         super().__init__()
         self.rank, self.alpha, self.rank_stabilized = rank, alpha, rank_stabilized
@@ -44,7 +55,10 @@ class LowRank(nn.Module):
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
-        """(..., d_in) -> (..., d_out). Never forms the d_out x d_in product, and scales where a position has only r numbers."""
+        """(..., d_in) -> (..., d_out).
+
+        Never forms the d_out x d_in product, and scales where a position has only r numbers.
+        """
         return linear(linear(x.to(self.A.dtype), self.A) * (weight * self.scale), self.B)
 
 
@@ -78,15 +92,30 @@ class LoRALinear(LinearWrapper):
         self.add(rank, alpha, name=name, rank_stabilized=rank_stabilized, generator=generator)
         base.requires_grad_(False)
 
-    def add(self, rank: int, alpha: float, *, name: str, rank_stabilized: bool = False, generator: Generator | None = None) -> None:
-        """Another update, which is then the one in use. generator: for A, on the CPU; torch's global one if None."""
+    def add(
+        self,
+        rank: int,
+        alpha: float,
+        *,
+        name: str,
+        rank_stabilized: bool = False,
+        generator: Generator | None = None,
+    ) -> None:
+        """Another update, which is then the one in use. generator: for A, on the CPU; torch's
+        global one if None.
+        """
         check_size(rank, alpha, self.base)
         d_out, d_in = layer_shape(self.base)
-        self.adapters[name] = LowRank(d_in, d_out, rank, alpha, rank_stabilized, generator).to(self.base.weight.device)
+        self.adapters[name] = LowRank(d_in, d_out, rank, alpha, rank_stabilized, generator).to(
+            self.base.weight.device
+        )
         self.in_use = {name: 1.0}
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) -> (..., d_out). Of a fused batch, (N, T, d_in), the base takes all rows at once, each update its own."""
+        """(..., d_in) -> (..., d_out).
+
+        Of a fused batch, (N, T, d_in), the base takes all rows at once, each update its own.
+        """
         h = self.base(x)
         if self.rows is not None:
             return self._fused(x, h)
@@ -98,12 +127,22 @@ class LoRALinear(LinearWrapper):
         sizes = list(self.rows.values())
         if x.dim() < 3 or len(x) != sum(sizes):
             found = f"a layer got {len(x)} rows of a batch of {sum(sizes)}"
-            raise CourseError(f"{found}: give each row of the batch to a job; if the model mixes rows, train its jobs apart")
+            raise CourseError(
+                f"{found}: give each row of the batch to a job; if the model mixes rows, train its "
+                "jobs apart"
+            )
         parts = zip(self.rows, x.split(sizes), h.split(sizes), strict=True)
-        return torch.cat([(h + self.adapters[name](x)).to(h.dtype) if name in self.adapters else h for name, x, h in parts])
+        return torch.cat(
+            [
+                (h + self.adapters[name](x)).to(h.dtype) if name in self.adapters else h
+                for name, x, h in parts
+            ]
+        )
 
     def delta(self) -> Tensor:
-        """What the updates in use add to the weight, (d_out, d_in): the sum of weight (alpha / r) B A."""
+        """What the updates in use add to the weight, (d_out, d_in): the sum of weight (alpha / r) B
+        A.
+        """
         total = torch.zeros(layer_shape(self.base), device=self.base.weight.device)
         for name, weight in self.in_use.items():
             update = self.adapters[name]
@@ -117,7 +156,10 @@ def check_size(rank: int, alpha: float, layer: nn.Module, name: str = "") -> Non
     most = min(d_out, d_in)
     if type(rank) is not int or not 1 <= rank <= most:
         where = f"{name}, a {d_out} x {d_in} weight" if name else f"a {d_out} x {d_in} weight"
-        raise CourseError(f"rank={rank!r} must be a whole number in 1..{most} for {where}: choose one, or leave the layer out")
+        raise CourseError(
+            f"rank={rank!r} must be a whole number in 1..{most} for {where}: choose one, or leave "
+            "the layer out"
+        )
     if not isinstance(alpha, int | float) or not 0 < alpha <= torch.finfo(torch.float32).max:
         raise CourseError(f"alpha={alpha!r} must be a finite number above 0: try twice the rank")
 
@@ -132,28 +174,49 @@ def add_lora(
     rank_stabilized: bool = False,
     seed: int = 0,
 ) -> None:
-    """Give `model` an adapter, which is then the one in use. With the first one, all other weights freeze.
+    """Give `model` an adapter, which is then the one in use.
 
-    targets: as in `surgery.find_layers`; None takes the `surgery.default_targets` of the model's family
+    With the first one, all other weights freeze.
+
+    targets: as in `surgery.find_layers`; None takes the `surgery.default_targets` of the model's
+        family
     seed: of the matrices A, from 0 to 2**64 - 1
     Raises CourseError before anything is changed.
     """
     if hasattr(model, "peft_config"):
-        raise CourseError("the model has an adapter of peft: load the base again, then add_lora, or load_adapter for a saved one")
+        raise CourseError(
+            "the model has an adapter of peft: load the base again, then add_lora, or load_adapter "
+            "for a saved one"
+        )
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise CourseError(f"an adapter cannot be called {name!r}: choose another word, without dots")
+        raise CourseError(
+            f"an adapter cannot be called {name!r}: choose another word, without dots"
+        )
     if name in adapter_names(model):
-        raise CourseError(f"the model has an adapter {name!r} already: choose another name, or load the base again")
+        raise CourseError(
+            f"the model has an adapter {name!r} already: choose another name, or load the base "
+            "again"
+        )
     if type(seed) is not int or not 0 <= seed < 2**64:
-        raise CourseError(f"seed={seed!r} must be a whole number from 0 to {2**64 - 1}: choose one, such as 0")
-    layers = surgery.find_layers(model, surgery.default_targets(model) if targets is None else targets)
+        raise CourseError(
+            f"seed={seed!r} must be a whole number from 0 to {2**64 - 1}: choose one, such as 0"
+        )
+    layers = surgery.find_layers(
+        model, surgery.default_targets(model) if targets is None else targets
+    )
     shared = _shared_weights(model)
     for path, layer in layers.items():
         if isinstance(layer, LinearWrapper) and not isinstance(layer, LoRALinear):
-            raise CourseError(f"{path} is a {type(layer).__name__} already: load the base again, or take it out of targets")
+            raise CourseError(
+                f"{path} is a {type(layer).__name__} already: load the base again, or take it out "
+                "of targets"
+            )
         if id(getattr(layer, "weight", None)) in shared:
             advice = "which a merge would change: take it out of targets"
-            raise CourseError(f"{path} shares its weight with another layer, as a head with the embeddings, {advice}")
+            raise CourseError(
+                f"{path} shares its weight with another layer, as a head with the embeddings, "
+                f"{advice}"
+            )
         check_size(rank, alpha, layer, path)
     if not lora_layers(model):
         model.requires_grad_(False)
@@ -162,7 +225,9 @@ def add_lora(
         if isinstance(layer, LoRALinear):
             layer.add(rank, alpha, name=name, rank_stabilized=rank_stabilized, generator=generator)
         else:
-            wrapper = LoRALinear(layer, rank, alpha, name=name, rank_stabilized=rank_stabilized, generator=generator)
+            wrapper = LoRALinear(
+                layer, rank, alpha, name=name, rank_stabilized=rank_stabilized, generator=generator
+            )
             surgery.replace_layer(model, path, wrapper)
     use_adapters(model, name)
 
@@ -173,16 +238,21 @@ def _shared_weights(model: nn.Module) -> set[int]:
     for path, module in model.named_modules(remove_duplicate=False):
         parent, _, child = path.rpartition(".")
         places[id(model.get_submodule(parent)), child] = module
-    weights = [module.weight for module in places.values() if getattr(module, "weight", None) is not None]
+    weights = [
+        module.weight for module in places.values() if getattr(module, "weight", None) is not None
+    ]
     return {weight for weight, number in Counter(map(id, weights)).items() if number > 1}
 
 
 def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
-    """The layers with updates, by their names in the model; only those of the adapter `name`, if it is given.
+    """The layers with updates, by their names in the model; only those of the adapter `name`, if it
+    is given.
 
     Raises CourseError for a name that no adapter has, and lists those there are.
     """
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+    layers = {
+        path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)
+    }
     if name is None:
         return layers
     found = {path: layer for path, layer in layers.items() if name in layer.adapters}
@@ -194,42 +264,65 @@ def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, LoRALine
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of the adapters."""
-    return list(dict.fromkeys(name for layer in lora_layers(model).values() for name in layer.adapters))
+    return list(
+        dict.fromkeys(name for layer in lora_layers(model).values() for name in layer.adapters)
+    )
 
 
 def use_adapters(model: nn.Module, choice: str | Mapping[str, float]) -> None:
-    """Choose what is added to the base: one adapter by name, several with weights {"a": 0.3, "b": 0.7}, or {}, nothing.
+    """Choose what is added to the base: one adapter by name, several with weights {"a": 0.3, "b":
+    0.7}, or {}, nothing.
 
-    A blend is exact: the weighted sum of the updates. Raises CourseError for an unknown name, a weight that is not finite, or a
-    blend of adapters of different layers, where some layers would get a part of it only.
+    A blend is exact: the weighted sum of the updates. Raises CourseError for an unknown name, a
+    weight that is not finite, or a blend of adapters of different layers, where some layers would
+    get a part of it only.
     """
     if not isinstance(choice, str | Mapping):
-        raise CourseError(f'found {choice!r}, expected a name, weights such as {{"a": 0.3, "b": 0.7}}, or {{}} for nothing')
+        raise CourseError(
+            f'found {choice!r}, expected a name, weights such as {{"a": 0.3, "b": 0.7}}, or {{}} '
+            "for nothing"
+        )
     weights = {choice: 1.0} if isinstance(choice, str) else dict(choice)
     paths = {name: lora_layers(model, name).keys() for name in weights}
     for name, weight in weights.items():
         if not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise CourseError(f"the weight of adapter {name!r} is {weight!r}, expected a finite number such as 0.5")
+            raise CourseError(
+                f"the weight of adapter {name!r} is {weight!r}, expected a finite number such as "
+                "0.5"
+            )
         first = next(iter(weights))
         if paths[name] != paths[first]:
-            raise CourseError(f"adapters {first!r} and {name!r} change different layers: blend adapters made with the same targets")
+            raise CourseError(
+                f"adapters {first!r} and {name!r} change different layers: blend adapters made "
+                "with the same targets"
+            )
     for layer in lora_layers(model).values():
         layer.in_use = {name: weight for name, weight in weights.items() if name in layer.adapters}
 
 
 @contextmanager
 def fused_rows(model: nn.Module, rows: Mapping[str, int]) -> Iterator[None]:
-    """In the block, each batch holds the rows of several adapters, one after the other; rows: name -> how many are its own.
+    """In the block, each batch holds the rows of several adapters, one after the other; rows: name
+    -> how many are its own.
 
-    Raises CourseError for an unknown name, a number that is none, and for a model that trains with checkpointed activations: they
-    would be computed again after the block, with the adapter that is in use then.
+    Raises CourseError for an unknown name, a number that is none, and for a model that trains with
+    checkpointed activations: they would be computed again after the block, with the adapter that is
+    in use then.
     """
     for name, number in rows.items():
         lora_layers(model, name)
         if type(number) is not int or number < 0:
-            raise CourseError(f"adapter {name!r} has {number!r} rows, expected a whole number: count its rows of the batch")
-    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise CourseError("fused batches need activations that are not checkpointed: call memory.checkpoint_blocks(model, 0)")
+            raise CourseError(
+                f"adapter {name!r} has {number!r} rows, expected a whole number: count its rows of "
+                "the batch"
+            )
+    if model.training and any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    ):
+        raise CourseError(
+            "fused batches need activations that are not checkpointed: call "
+            "memory.checkpoint_blocks(model, 0)"
+        )
     before = {layer: layer.rows for layer in lora_layers(model).values()}
     for layer in before:
         layer.rows = dict(rows)
@@ -241,13 +334,17 @@ def fused_rows(model: nn.Module, rows: Mapping[str, int]) -> Iterator[None]:
 
 
 def merged_copy(model: nn.Module) -> nn.Module:
-    """A copy without LoRA layers that computes the same: the updates in use are in its weights. All of these can train.
+    """A copy without LoRA layers that computes the same: the updates in use are in its weights.
+
+    All of these can train.
 
     Raises CourseError for a model without LoRA layers, and for quantised ones.
     """
     layers = lora_layers(model)
     if not layers:
-        raise CourseError("the model has no LoRA layers, so there is nothing to merge: add_lora adds them")
+        raise CourseError(
+            "the model has no LoRA layers, so there is nothing to merge: add_lora adds them"
+        )
     for layer in layers.values():
         weight_matrix(layer.base)  # refuses quantised layers before the copy takes its memory
     merged = copy.deepcopy(model)
@@ -259,14 +356,19 @@ def merged_copy(model: nn.Module) -> nn.Module:
 
 
 class DoRALinear(LinearWrapper):
-    """DoRA: low rank turns the rows of the weight, and a number each sets their lengths. Put in place by `surgery.replace_layer`.
+    """DoRA: low rank turns the rows of the weight, and a number each sets their lengths.
 
-    Paper: Liu et al. 2024, arXiv 2402.09353, equation (5), with |V| the lengths of the rows, held constant in the gradient
+    Put in place by `surgery.replace_layer`.
+
+    Paper: Liu et al. 2024, arXiv 2402.09353, equation (5), with |V| the lengths of the rows, held
+    constant in the gradient
 
         h = (m / |V|) V x,      V = W0 + (alpha / r) B A,      m: (d_out,), |W0| at the start
     """
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, *, generator: Generator | None = None):
+    def __init__(
+        self, base: nn.Module, rank: int, alpha: float, *, generator: Generator | None = None
+    ):
         super().__init__()
         check_size(rank, alpha, base)
         d_out, d_in = layer_shape(base)
@@ -277,4 +379,6 @@ class DoRALinear(LinearWrapper):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out). Forms V, which costs time that LoRA saves."""
         V = weight_matrix(self.base) + self.update.scale * self.update.B @ self.update.A
-        return linear(x, ((self.m / V.norm(dim=1).detach())[:, None] * V).to(x.dtype), self.base.bias)
+        return linear(
+            x, ((self.m / V.norm(dim=1).detach())[:, None] * V).to(x.dtype), self.base.bias
+        )

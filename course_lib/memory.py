@@ -1,7 +1,8 @@
 """The memory bill of training: bytes of weights, gradients and optimizer states for each parameter.
 
-Adam keeps two moments of each weight in float32. Activations depend on batch and length and come on top; one bill in use sets
-eight bytes aside for them, and `activation_bytes` counts what a forward pass really keeps.
+Adam keeps two moments of each weight in float32. Activations depend on batch and length and come on
+top; one bill in use sets eight bytes aside for them, and `activation_bytes` counts what a forward
+pass really keeps.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from course_lib.runtime import CourseError, quiet_transformers
 
 @dataclass(frozen=True)
 class Bill:
-    """Bytes for each trained parameter. other: the float32 master copy of mixed precision, or what is set aside for activations."""
+    """Bytes for each trained parameter. other: the float32 master copy of mixed precision, or what
+    is set aside for activations.
+    """
 
     about: str
     source: str
@@ -72,18 +75,22 @@ def training_bytes(parameters: int, bill: str) -> int:
 
 
 def checkpoint_blocks(model: nn.Module, count: int) -> None:
-    """Keep of the first `count` blocks of a transformers model only the inputs; the backward pass computes the rest again.
+    """Keep of the first `count` blocks of a transformers model only the inputs; the backward pass
+    computes the rest again.
 
-    0 keeps everything. The model must be in train mode, and fp32, bf16 or fp16 alike get the same gradients as before.
-    Paper: Chen et al. 2016, arXiv 1604.06174. transformers' own switch takes all blocks, or every n-th.
+    0 keeps everything. The model must be in train mode, and fp32, bf16 or fp16 alike get the same
+    gradients as before. Paper: Chen et al. 2016, arXiv 1604.06174. transformers' own switch takes
+    all blocks, or every n-th.
     """
     blocks = _blocks(model)
     if type(count) is not int or not 0 <= count <= len(blocks):
         raise CourseError(
-            f"count={count!r} blocks cannot be checkpointed, expected a whole number in 0..{len(blocks)}, the model's blocks"
+            f"count={count!r} blocks cannot be checkpointed, expected a whole number in "
+            f"0..{len(blocks)}, the model's blocks"
         )
     if count:
-        with quiet_transformers():  # the method has two names, one of which each release calls the old one
+        # the method has two names, one of which each release calls the old one
+        with quiet_transformers():
             model.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
@@ -95,10 +102,12 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """What `forward` returns, and the bytes of activations that autograd then holds for the backward pass.
+    """What `forward` returns, and the bytes of activations that autograd then holds for the
+    backward pass.
 
-    Each piece of memory counts once, weights are left out. A checkpointed block of a transformers model keeps its inputs where
-    autograd does not show them, so the inputs of all such blocks count as well, checkpointed or not.
+    Each piece of memory counts once, weights are left out. A checkpointed block of a transformers
+    model keeps its inputs where autograd does not show them, so the inputs of all such blocks count
+    as well, checkpointed or not.
     """
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -106,7 +115,8 @@ def activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[T
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # held until all are counted, so that no other one gets its address
+            # held until all are counted, so that no other one gets its address
+            kept[storage.data_ptr()] = storage
         return tensor
 
     def keep_inputs(block: nn.Module, unnamed: tuple, named: dict) -> None:
@@ -115,7 +125,9 @@ def activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[T
                 if isinstance(part, Tensor):
                     keep(part)
 
-    hooks = [block.register_forward_pre_hook(keep_inputs, with_kwargs=True) for block in _blocks(model)]
+    hooks = [
+        block.register_forward_pre_hook(keep_inputs, with_kwargs=True) for block in _blocks(model)
+    ]
     try:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             result = forward()

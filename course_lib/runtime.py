@@ -1,7 +1,8 @@
 """The machine: which device and dtype, how much memory, and why; seeds; what a block of code costs.
 
-The decision is a pure function, `decide`, of what was found; `detect` does the finding. A Tesla T4 (capability 7.5) answers
-yes when torch asks it for bf16 and then emulates it slowly, so the dtype follows from the capability, never from that answer.
+The decision is a pure function, `decide`, of what was found; `detect` does the finding. A Tesla T4
+(capability 7.5) answers yes when torch asks it for bf16 and then emulates it slowly, so the dtype
+follows from the capability, never from that answer.
 """
 
 import os
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     import torch
 
-GIB = 2**30
+GB = 10**9
 BF16_CAPABILITY = (8, 0)  # Ampere, the first generation with bf16 units
 SAMPLING_SECONDS = 0.01
 
@@ -25,7 +26,10 @@ Choice = TypeVar("Choice")
 
 
 class CourseError(ValueError):
-    """A mistake that the user can mend. Its message is one line: what was found, what was expected, what to do next."""
+    """A mistake that the user can mend.
+
+    Its message is one line: what was found, what was expected, what to do next.
+    """
 
     def _render_traceback_(self) -> list[str]:
         """IPython prints these lines in place of a traceback."""
@@ -39,7 +43,10 @@ def first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What torch says about the first CUDA device. capability: (major, minor), for example (7, 5) for a T4."""
+    """What torch says about the first CUDA device. capability:
+
+    (major, minor), for example (7, 5) for a T4.
+    """
 
     name: str
     capability: tuple[int, int]
@@ -48,7 +55,9 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the course computes. dtype: the compute dtype ("float32", "float16" or "bfloat16"); weights that train stay float32."""
+    """Where the course computes. dtype: the compute dtype ("float32", "float16" or "bfloat16");
+    weights that train stay float32.
+    """
 
     device: str
     dtype: str
@@ -59,7 +68,8 @@ class Machine:
     def choose(self, *, cpu: Choice, gpu: Choice) -> Choice:
         """The one switch of the notebooks.
 
-        >>> decide(gpu=None, override=None, cores=2, memory_bytes=8 * GIB).choose(cpu="smollm2-135m", gpu="smollm2-360m")
+        >>> laptop = decide(gpu=None, override=None, cores=2, memory_bytes=8 * GB)
+        >>> laptop.choose(cpu="smollm2-135m", gpu="smollm2-360m")
         'smollm2-135m'
         """
         return cpu if self.device == "cpu" else gpu
@@ -71,25 +81,39 @@ class Machine:
         return getattr(torch, self.dtype)
 
     def __str__(self) -> str:
-        return f"{self.device}, {self.dtype}, {self.memory_bytes / GIB:.1f} GiB, {self.cores} cores: {self.reason}"
+        return (
+            f"{self.device}, {self.dtype}, {self.memory_bytes / GB:.1f} GB, {self.cores} cores: "
+            f"{self.reason}"
+        )
 
 
 def decide(gpu: Gpu | None, override: str | None, cores: int, memory_bytes: int) -> Machine:
-    """Choose device and dtype from what was found. override: the value of COURSE_DEVICE, "cpu", "cuda" or None.
+    """Choose device and dtype from what was found. override: the value of COURSE_DEVICE, "cpu",
+    "cuda" or None.
 
-    >>> t4 = Gpu("Tesla T4", (7, 5), 15 * GIB)
-    >>> print(decide(t4, None, cores=2, memory_bytes=12 * GIB))
-    cuda, float16, 15.0 GiB, 2 cores: Tesla T4 has capability 7.5, below 8.0, so fp16 and never bf16
+    >>> t4 = Gpu("Tesla T4", (7, 5), 15 * GB)
+    >>> print(decide(t4, None, cores=2, memory_bytes=12 * GB))
+    cuda, float16, 15.0 GB, 2 cores: Tesla T4 has capability 7.5, below 8.0, so fp16 and never bf16
     """
     override = (override or "").strip().lower()
     if override not in ("", "cpu", "cuda"):
-        raise CourseError(f"COURSE_DEVICE={override!r} is not known, expected cpu or cuda: correct it or unset it")
+        raise CourseError(
+            f"COURSE_DEVICE={override!r} is not known, expected cpu or cuda: correct it or unset it"
+        )
     if gpu is not None and override != "cpu":
         major, minor = gpu.capability
         found = f"{gpu.name} has capability {major}.{minor}"
         if gpu.capability >= BF16_CAPABILITY:
-            return Machine("cuda", "bfloat16", gpu.memory_bytes, cores, f"{found}, 8.0 or above, so bf16")
-        return Machine("cuda", "float16", gpu.memory_bytes, cores, f"{found}, below 8.0, so fp16 and never bf16")
+            return Machine(
+                "cuda", "bfloat16", gpu.memory_bytes, cores, f"{found}, 8.0 or above, so bf16"
+            )
+        return Machine(
+            "cuda",
+            "float16",
+            gpu.memory_bytes,
+            cores,
+            f"{found}, below 8.0, so fp16 and never bf16",
+        )
     if gpu is not None:
         reason = f"COURSE_DEVICE=cpu, although {gpu.name} is here"
     elif override == "cuda":
@@ -108,12 +132,16 @@ def detect() -> Machine:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         gpu = Gpu(properties.name, (properties.major, properties.minor), properties.total_memory)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return decide(gpu, os.environ.get("COURSE_DEVICE"), cores, psutil.virtual_memory().total)
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and torch, for library code that takes no generator."""
+    """Seed the global generators of Python, NumPy and torch, for library code that takes no
+    generator.
+    """
     from accelerate.utils import set_seed
 
     set_seed(seed)
@@ -121,13 +149,16 @@ def seed_everything(seed: int) -> None:
 
 @dataclass
 class Cost:
-    """What a block cost; filled in when the block ends. Bytes are resident memory on a CPU, allocated memory on a GPU."""
+    """What a block cost; filled in when the block ends.
+
+    Bytes are resident memory on a CPU, allocated memory on a GPU.
+    """
 
     seconds: float = 0.0
     peak_bytes: int = 0
 
     def __str__(self) -> str:
-        return f"{self.seconds:.1f} s, peak {self.peak_bytes / GIB:.2f} GiB"
+        return f"{self.seconds:.1f} s, peak {self.peak_bytes / GB:.2f} GB"
 
 
 @contextmanager
@@ -175,7 +206,9 @@ def measure(device: str = "cpu") -> Iterator[Cost]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers' progress bars, advice and deprecations off in the block, where they do not concern the user; errors stay on."""
+    """transformers' progress bars, advice and deprecations off in the block, where they do not
+    concern the user; errors stay on.
+    """
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -196,4 +229,6 @@ def data_folder() -> Path:
     for folder in (package.parent / "data", package / "data"):
         if (folder / "structured_answers.json").is_file():
             return folder
-    raise CourseError(f"no data/structured_answers.json beside or inside {package}: install the course again")
+    raise CourseError(
+        f"no data/structured_answers.json beside or inside {package}: install the course again"
+    )

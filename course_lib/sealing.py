@@ -1,8 +1,9 @@
 """Folders that are whole or absent.
 
-A folder is written under a temporary name, sealed with the SHA-256 of each of its files, flushed to disk and only then renamed
-to its final name. A process that is killed half-way leaves a temporary folder that nobody reads; a file that is damaged later
-no longer matches its seal, and neither does the seal itself.
+A folder is written under a temporary name, sealed with the SHA-256 of each of its files, flushed to
+disk and only then renamed to its final name. A process that is killed half-way leaves a temporary
+folder that nobody reads; a file that is damaged later no longer matches its seal, and neither does
+the seal itself.
 """
 
 import contextlib
@@ -18,11 +19,17 @@ PARTIAL = ".partial-"
 
 
 class DamagedError(Exception):
-    """A folder that is not what was sealed. The message names the file and what is wrong with it."""
+    """A folder that is not what was sealed.
+
+    The message names the file and what is wrong with it.
+    """
 
 
 def partial_folder(final: Path) -> Path:
-    """A new empty folder beside `final`, to be filled and then published. What a killed process left there is removed."""
+    """A new empty folder beside `final`, to be filled and then published.
+
+    What a killed process left there is removed.
+    """
     partial = final.parent / f"{PARTIAL}{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -30,7 +37,10 @@ def partial_folder(final: Path) -> Path:
 
 
 def publish(partial: Path, final: Path, facts: dict) -> None:
-    """Seal `partial` and rename it to `final`, replacing what is there. facts: JSON values to keep in the seal."""
+    """Seal `partial` and rename it to `final`, replacing what is there. facts:
+
+    JSON values to keep in the seal.
+    """
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     seal(partial, files, facts)
     for path in [*files, partial / SEAL, partial]:
@@ -43,13 +53,18 @@ def publish(partial: Path, final: Path, facts: dict) -> None:
 
 def seal(folder: Path, files: Iterable[Path], facts: dict) -> None:
     """Write the seal of `files`, which lie in `folder`, into it."""
-    sealed = {"facts": facts, "sha256": {path.relative_to(folder).as_posix(): sha256(path) for path in files}}
+    sealed = {
+        "facts": facts,
+        "sha256": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
+    }
     sealed = {**sealed, "seal": _fingerprint(sealed)}
     (folder / SEAL).write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
 
 
 def check(folder: Path, others: Collection[str] = ()) -> dict:
-    """The facts in the seal of `folder`. Raises DamagedError if a file is missing or changed, or foreign to the seal.
+    """The facts in the seal of `folder`.
+
+    Raises DamagedError if a file is missing or changed, or foreign to the seal.
 
     others: names of files that may lie there beside the sealed ones; hidden files always may
     """
@@ -60,9 +75,13 @@ def check(folder: Path, others: Collection[str] = ()) -> dict:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise DamagedError(f"{folder.name} has no readable {SEAL}") from None
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SEAL, *others}
+    present = {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    } - {SEAL, *others}
     for name in sorted(name for name in present ^ checksums.keys() if not name.startswith(".")):
-        raise DamagedError(f"{folder.name}/{name} is {'missing' if name in checksums else 'not in the seal'}")
+        raise DamagedError(
+            f"{folder.name}/{name} is {'missing' if name in checksums else 'not in the seal'}"
+        )
     for name, expected in checksums.items():
         if sha256(folder / name) != expected:
             raise DamagedError(f"{folder.name}/{name} differs from its checksum")
@@ -80,7 +99,10 @@ def sha256(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Wait until the disk has it. Windows and network drives cannot flush a folder; there a rename is as safe as they make it."""
+    """Wait until the disk has it.
+
+    Windows and network drives cannot flush a folder; there a rename is as safe as they make it.
+    """
     if path.is_dir():
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY)

@@ -1,10 +1,11 @@
 """Surgery on models: find linear layers by name, put another module in their place, count weights.
 
-A linear layer is an nn.Linear (bitsandbytes' quantised ones are, too) or GPT-2's Conv1D, which computes the same with its weight
-stored transposed, (d_in, d_out). Which layers a method adapts by default depends on the model's family. A widely copied table and
-peft's own mapping say so; `target_table` puts them side by side. They disagree about Phi alone: the table names `Wqkv` of the first
-releases, the layers of today's implementation are called `q_proj`, `k_proj` and `v_proj`. Where peft knows a family, its names are
-used here; for the others, those of the table.
+A linear layer is an nn.Linear (bitsandbytes' quantised ones are, too) or GPT-2's Conv1D, which
+computes the same with its weight stored transposed, (d_in, d_out). Which layers a method adapts by
+default depends on the model's family. A widely copied table and peft's own mapping say so;
+`target_table` puts them side by side. They disagree about Phi alone: the table names `Wqkv` of the
+first releases, the layers of today's implementation are called `q_proj`, `k_proj` and `v_proj`.
+Where peft knows a family, its names are used here; for the others, those of the table.
 """
 
 import math
@@ -44,7 +45,9 @@ COPIED_TARGETS = {  # model_type of config.json: names as a widely copied table 
 
 
 class LinearWrapper(nn.Module):
-    """What stands in for the linear layer `base` and computes more than it; found under the name of that layer."""
+    """What stands in for the linear layer `base` and computes more than it; found under the name of
+    that layer.
+    """
 
     base: nn.Module
 
@@ -62,24 +65,35 @@ class Count:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer, or what wraps it, by its name."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | LinearWrapper)}
-    wrapped = {f"{name}.base" for name, module in found.items() if isinstance(module, LinearWrapper)}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D | LinearWrapper)
+    }
+    wrapped = {
+        f"{name}.base" for name, module in found.items() if isinstance(module, LinearWrapper)
+    }
     return {name: module for name, module in found.items() if name not in wrapped}
 
 
 def find_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     """The linear layers that `targets` means, by name; the rules are peft's.
 
-    targets: a list of names, each the end of a layer's name ("q_proj") or the whole; or "all-linear", every one except the output
-        head; any other string is a regular expression for whole names
-    Raises CourseError if a target means no layer, and lists what there is; for a model that is a linear layer itself, too.
+    targets: a list of names, each the end of a layer's name ("q_proj") or the whole; or
+        "all-linear", every one except the output head; any other string is a regular expression for
+        whole names
+    Raises CourseError if a target means no layer, and lists what there is; for a model that is a
+    linear layer itself, too.
 
     >>> list(find_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), ["2"]))
     ['2']
     """
     layers = linear_layers(model)
     if not layers or "" in layers:
-        raise CourseError(f"a {type(model).__name__} holds no linear layers: give a model that does, such as nn.Sequential(layer)")
+        raise CourseError(
+            f"a {type(model).__name__} holds no linear layers: give a model that does, such as "
+            "nn.Sequential(layer)"
+        )
     if targets == ALL_LINEAR:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         return {name: layer for name, layer in layers.items() if layer is not head}
@@ -88,10 +102,15 @@ def find_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
             found = {name for name in layers if re.fullmatch(targets, name)}
         except re.error as error:
             choice = f'give a list of some of {_names(model)}, or "{ALL_LINEAR}"'
-            raise CourseError(f"targets={targets!r} is no regular expression ({error}): {choice}") from None
+            raise CourseError(
+                f"targets={targets!r} is no regular expression ({error}): {choice}"
+            ) from None
         missing = [] if found else [targets]
     else:
-        ends = {target: {name for name in layers if f".{name}".endswith(f".{target}")} for target in targets}
+        ends = {
+            target: {name for name in layers if f".{name}".endswith(f".{target}")}
+            for target in targets
+        }
         found = set().union(*ends.values())
         missing = [target for target, names in ends.items() if not names]
     if missing or not found:
@@ -102,23 +121,34 @@ def find_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
 
 def _names(model: nn.Module) -> str:
     """The last parts of the names of the linear layers, each once."""
-    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(model))) or "no linear layer"
+    return (
+        ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(model)))
+        or "no linear layer"
+    )
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a linear layer, whichever way its weight lies, and quantised or not."""
     if isinstance(layer, LinearWrapper):
         return layer_shape(layer.base)
-    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+    return (
+        (layer.nf, layer.nx)
+        if isinstance(layer, Conv1D)
+        else (layer.out_features, layer.in_features)
+    )
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
     """The weight of a linear layer as (d_out, d_in), not a copy: of a Conv1D a transposed view.
 
-    Raises CourseError for a quantised layer, whose weight is codes: what is added to it would be lost when it is rounded again.
+    Raises CourseError for a quantised layer, whose weight is codes: what is added to it would be
+    lost when it is rounded again.
     """
     if type(layer).__module__.partition(".")[0] == "bitsandbytes":
-        raise CourseError(f"a {type(layer).__name__} is quantised, so its weight is no matrix: dequantise the base first (Day 4)")
+        raise CourseError(
+            f"a {type(layer).__name__} is quantised, so its weight is no matrix: dequantise the "
+            "base first (Day 4)"
+        )
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
@@ -131,33 +161,50 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
     Identity()
     """
     if not name:
-        raise CourseError(f"a {type(model).__name__} cannot be replaced in itself: put it into nn.Sequential(layer) first")
+        raise CourseError(
+            f"a {type(model).__name__} cannot be replaced in itself: put it into "
+            "nn.Sequential(layer) first"
+        )
     try:
         model.get_submodule(name)
     except AttributeError:
-        raise CourseError(f"the model has no module called {name!r}: linear_layers(model) lists names") from None
+        raise CourseError(
+            f"the model has no module called {name!r}: linear_layers(model) lists names"
+        ) from None
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
 
 def default_targets(model: "nn.Module | str") -> Targets:
-    """The layers that LoRA adapts by default in a model, or in models of a `model_type`: peft's, or else the copied table's.
+    """The layers that LoRA adapts by default in a model, or in models of a `model_type`: peft's, or
+    else the copied table's.
 
     Raises CourseError for a family that neither knows, and lists the names to choose from.
 
     >>> default_targets("llama"), default_targets("baichuan")
     (['q_proj', 'v_proj'], ['W_pack'])
     """
-    family = model if isinstance(model, str) else getattr(getattr(model, "config", None), "model_type", "")
+    family = (
+        model
+        if isinstance(model, str)
+        else getattr(getattr(model, "config", None), "model_type", "")
+    )
     known = COPIED_TARGETS | _peft_targets()
     if family in known:
-        return known[family] if isinstance(known[family], str) else list(known[family])  # the list of peft stays as it is
-    choice = f"one of {', '.join(known)}" if isinstance(model, str) else f"targets, a list of some of {_names(model)}"
+        # the list of peft stays as it is
+        return known[family] if isinstance(known[family], str) else list(known[family])
+    choice = (
+        f"one of {', '.join(known)}"
+        if isinstance(model, str)
+        else f"targets, a list of some of {_names(model)}"
+    )
     raise CourseError(f"no default targets are known for models of type {family!r}: give {choice}")
 
 
 def target_table() -> list[dict[str, str]]:
-    """A row a family: what the copied table says, what peft says, and which of them `default_targets` uses."""
+    """A row a family: what the copied table says, what peft says, and which of them
+    `default_targets` uses.
+    """
     peft = _peft_targets()
     rows = []
     for family in COPIED_TARGETS | peft:
@@ -165,7 +212,14 @@ def target_table() -> list[dict[str, str]]:
         used = "peft" if mapped else "table"
         if copied and mapped:
             used = "both agree" if set(copied) == set(mapped) else "peft; they disagree"
-        rows.append({"model type": family, "copied table": _joined(copied), "peft": _joined(mapped), "used": used})
+        rows.append(
+            {
+                "model type": family,
+                "copied table": _joined(copied),
+                "peft": _joined(mapped),
+                "used": used,
+            }
+        )
     return rows
 
 
@@ -180,13 +234,16 @@ def _peft_targets() -> dict[str, Targets]:
 
 
 def count_parameters(model: nn.Module) -> Count:
-    """Weights that train, and all; a matrix used twice (tied embeddings) counts once, two codes in a byte as two.
+    """Weights that train, and all; a matrix used twice (tied embeddings) counts once, two codes in
+    a byte as two.
 
     >>> print(count_parameters(nn.Linear(9, 10).requires_grad_(False)))
     0 of 100 weights train (0.0000%)
     """
     counts = [(_number_of_weights(weight), weight.requires_grad) for weight in model.parameters()]
-    return Count(sum(number for number, trains in counts if trains), sum(number for number, _ in counts))
+    return Count(
+        sum(number for number, trains in counts if trains), sum(number for number, _ in counts)
+    )
 
 
 def _number_of_weights(parameter: Tensor) -> int:
@@ -207,10 +264,12 @@ def lora_parameters(shapes: Iterable[tuple[int, int]], rank: int) -> int:
 
 
 def empty_model(source: "PreTrainedConfig | Path | str") -> "PreTrainedModel":
-    """A causal language model with shapes but without weights (on the meta device): to count in, whatever its size.
+    """A causal language model with shapes but without weights (on the meta device): to count in,
+    whatever its size.
 
-    source: a transformers config, or the name of a course model, a folder, or a Hub id, of which only config.json is read
-    Raises CourseError if that cannot be had, or describes another kind of model. Code that comes with a config is not run.
+    source: a transformers config, or the name of a course model, a folder, or a Hub id, of which
+    only config.json is read Raises CourseError if that cannot be had, or describes another kind of
+    model. Code that comes with a config is not run.
     """
     from transformers import AutoModelForCausalLM
 
@@ -227,12 +286,28 @@ def _read_config(name: str) -> "PreTrainedConfig":
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    folders = {"tiny": models.tiny_folder, "smollm2-135m": lambda: models.unpacked_smollm2(verify=False)}
-    source = folders[name]() if name in folders else models.BASES[name].hub_id if name in models.BASES else name
+    folders = {
+        "tiny": models.tiny_folder,
+        "smollm2-135m": lambda: models.unpacked_smollm2(verify=False),
+    }
+    source = (
+        folders[name]()
+        if name in folders
+        else models.BASES[name].hub_id
+        if name in models.BASES
+        else name
+    )
     try:
-        folder = Path(source) if Path(source).is_dir() else hub.cached(source) or hub.download(source, ["config.json"])
+        folder = (
+            Path(source)
+            if Path(source).is_dir()
+            else hub.cached(source) or hub.download(source, ["config.json"])
+        )
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except CourseError:
         raise
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise CourseError(f"the config of {name!r} cannot be used ({first_line(error)}): give a transformers config") from None
+        raise CourseError(
+            f"the config of {name!r} cannot be used ({first_line(error)}): give a transformers "
+            "config"
+        ) from None

@@ -42,12 +42,15 @@ Say = Callable[[str], None]
 
 
 class TrainingError(CourseError):
-    """Training cannot start or go on; the message says what to change. Checkpoints stay as they are."""
+    """Training cannot start or go on; the message says what to change.
+
+    Checkpoints stay as they are.
+    """
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run did. losses: one a step, from step 1 on; tokens: of this session, without padding."""
+    """What a run did. losses: one a step, from step 1; tokens: this session's, without padding."""
 
     losses: list[float]
     seconds: float
@@ -66,7 +69,7 @@ class Run:
         return (
             f"{len(self.losses) - self.resumed_at} steps{resumed}, {self.seconds:.0f} s, "
             f"{self.tokens:,} tokens ({self.supervised_tokens:,} supervised), "
-            f"{self.tokens_per_second:.0f} tokens/s, peak {self.peak_bytes / 2**30:.1f} GiB"
+            f"{self.tokens_per_second:.0f} tokens/s, peak {self.peak_bytes / 1e9:.1f} GB"
         )
 
 
@@ -124,18 +127,21 @@ def finetune(
     progress: bool = True,
     say: Say = print,
 ) -> Run:
-    """Train the weights of `base.model` that require a gradient, in place: AdamW, linear decay to 0.
+    """Train the weights of `base.model` that require a gradient, in place:
+
+    AdamW, linear decay to 0.
 
     steps: optimizer steps, each on batch_size * accumulate examples (of each process)
     folder, save_every: keep checkpoints in `folder`; a run that finds one there goes on from it
     loss: (model, batch) -> sum over the supervised tokens of the batch, before it is divided by the
         number of those of the whole step
-    after_step: (model, step), called after the optimizer's step, with the gradients still there, but
-        not after a skipped one; with state_dict and load_state_dict, checkpoints keep its state
+    after_step: (model, step), called after the optimizer's step, with the gradients still there,
+        but not after a skipped one; with state_dict and load_state_dict, checkpoints keep its state
     progress: show a bar with the loss
-    say: gets a line about a resumed run, a damaged or missing checkpoint, less memory, skipped steps
-    Raises TrainingError or CheckpointError before the first step for what cannot work; TrainingError
-    in mid-run for a loss or gradient that is not finite, or when memory does not suffice.
+    say: gets a line about a resumed run, a damaged or missing checkpoint, less memory, skipped
+    steps Raises TrainingError or CheckpointError before the first step for what cannot work;
+    TrainingError in mid-run for a loss or gradient that is not finite, or when memory does not
+    suffice.
     """
     settings = Settings(steps, batch_size, accumulate, learning_rate, warmup_steps, seed)
     if (folder is None) != (save_every is None):
@@ -193,7 +199,9 @@ def _train(
     show: bool,
     note: Say,
 ) -> int:
-    """The loop. Appends the loss of each step to `losses`; returns how many a checkpoint had behind it.
+    """The loop.
+
+    Appends the loss of each step to `losses`; returns how many a checkpoint had behind it.
 
     drawn: the examples of all steps and processes, one step after the other
     """
@@ -209,7 +217,9 @@ def _train(
     pad_id, skipped = base.tokenizer.pad_token_id, []
     base.model.train()
     steps = range(resumed_at + 1, last + 1)
-    bar = tqdm(steps, "training", last, initial=resumed_at, unit="step", file=sys.stdout, disable=not show)
+    bar = tqdm(
+        steps, "training", last, initial=resumed_at, unit="step", file=sys.stdout, disable=not show
+    )
     for step in bar:
         # The batch: the examples of this step, and of them the micro-batches of this process.
         examples = drawn[(step - 1) * per_step : step * per_step]
@@ -217,7 +227,8 @@ def _train(
         starts = range(process * size, per_step, processes * size)
         batches = [examples[start : start + size] for start in starts]
 
-        # Forward, loss and backward (below); with fewer examples at a time where memory does not suffice.
+        # Forward, loss and backward (below); with fewer examples at a time where memory does not
+        # suffice.
         passes = partial(_forward_backward, model, batches, tokens, loss, scaler, machine, pad_id)
         step_loss, fewer = _in_memory(passes, rows, size)
         if fewer < rows:
@@ -262,7 +273,8 @@ def _forward_backward(
     pad_id: int,
     rows: int,
 ) -> float:
-    """Forward and backward of micro-batches, at most `rows` examples at a time; the loss of the step.
+    """Forward and backward of micro-batches, at most `rows` examples at a time; the loss of the
+    step.
 
     The loss is a sum over tokens, so the gradients of parts add up to those of the whole.
     tokens: of the step, in all processes
@@ -335,7 +347,9 @@ def check_weights(model: nn.Module) -> None:
     """Raise TrainingError if no weight requires a gradient, or one that does is not float32."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     if not trained:
-        raise TrainingError("no weight requires a gradient, so nothing would be trained: add an adapter")
+        raise TrainingError(
+            "no weight requires a gradient, so nothing would be trained: add an adapter"
+        )
     if dtypes := {weight.dtype for weight in trained} - {torch.float32}:
         found = f"trained weights are {dtypes.pop()}, expected float32"
         raise TrainingError(f"{found}: load the model with dtype=torch.float32")

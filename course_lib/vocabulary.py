@@ -1,9 +1,11 @@
-"""New pieces for a tokenizer, and new rows for the model's embeddings: how an English model is prepared for Chinese.
+"""New pieces for a tokenizer, and new rows for the model's embeddings: how an English model is
+prepared for Chinese.
 
-Source: Chinese-LLaMA (Cui et al. 2023, arXiv 2304.08177). 20,000 pieces learned by SentencePiece from Chinese text turned LLaMA's
-32,000 into 49,953; then the model was trained on Chinese text. Ours are learned by byte-pair encoding from a few pages, which is
-enough to see tokens per character fall. A new row starts at the mean of the rows that it replaces, not at random: at first the
-model reads the new piece as a blur of the old ones.
+Source: Chinese-LLaMA (Cui et al. 2023, arXiv 2304.08177). 20,000 pieces learned by SentencePiece
+from Chinese text turned LLaMA's 32,000 into 49,953; then the model was trained on Chinese text.
+Ours are learned by byte-pair encoding from a few pages, which is enough to see tokens per character
+fall. A new row starts at the mean of the rows that it replaces, not at random: at first the model
+reads the new piece as a blur of the old ones.
 """
 
 import copy
@@ -25,16 +27,22 @@ if TYPE_CHECKING:
     from course_lib.models import Loaded
 
 HAN = re.compile(r"[\u4e00-\u9fff]+")  # a run of Chinese characters, without punctuation
-MOST_PIECES = 100_000  # where byte-pair encoding would stop; a few pages end long before, with pairs that occur twice
+# where byte-pair encoding would stop; a few pages end long before, with pairs that occur twice
+MOST_PIECES = 100_000
 
 
 def tokens_per_character(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> float:
-    """Tokens divided by characters, over all texts: about 0.2 for English, above 1 for Chinese in a tokenizer made for English."""
+    """Tokens divided by characters, over all texts: about 0.2 for English, above 1 for Chinese in a
+    tokenizer made for English.
+    """
     return sum(len(encode_text(text, tokenizer)) for text in texts) / sum(map(len, texts))
 
 
-def learn_pieces(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", count: int) -> list[str]:
-    """The `count` Chinese pieces that save the most tokens in `texts`: byte-pair encoding over characters, best first.
+def learn_pieces(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", count: int
+) -> list[str]:
+    """The `count` Chinese pieces that save the most tokens in `texts`: byte-pair encoding over
+    characters, best first.
 
     A piece that occurs n times and that `tokenizer` writes with k tokens saves n (k - 1) of them.
     Raises CourseError if the texts do not hold so many.
@@ -43,20 +51,30 @@ def learn_pieces(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", cou
 
     runs = [run for text in texts for run in HAN.findall(text)]
     learner = Tokenizer(models.BPE())
-    learner.train_from_iterator(runs, trainers.BpeTrainer(vocab_size=MOST_PIECES, min_frequency=2, show_progress=False))
+    learner.train_from_iterator(
+        runs, trainers.BpeTrainer(vocab_size=MOST_PIECES, min_frequency=2, show_progress=False)
+    )
     uses = Counter(piece for run in runs for piece in learner.encode(run).tokens)
     saved = {piece: n * (len(encode_text(piece, tokenizer)) - 1) for piece, n in uses.items()}
-    pieces = sorted((piece for piece in saved if saved[piece] > 0), key=lambda piece: (-saved[piece], piece))
+    pieces = sorted(
+        (piece for piece in saved if saved[piece] > 0), key=lambda piece: (-saved[piece], piece)
+    )
     if len(pieces) < count:
-        raise CourseError(f"these texts give {len(pieces)} new pieces, {count} were asked for: ask for fewer, or give more text")
+        raise CourseError(
+            f"these texts give {len(pieces)} new pieces, {count} were asked for: ask for fewer, or "
+            "give more text"
+        )
     return pieces[:count]
 
 
-def extended_copy(tokenizer: "PreTrainedTokenizerBase", pieces: Sequence[str]) -> "PreTrainedTokenizerBase":
+def extended_copy(
+    tokenizer: "PreTrainedTokenizerBase", pieces: Sequence[str]
+) -> "PreTrainedTokenizerBase":
     """A tokenizer with these pieces, whose ids follow the old ones; the given one stays as it is.
 
-    Of several pieces that fit at one place the longest is taken, before the tokenizer's own rules apply. A tokenizer that puts a
-    space before a text (tiny's, Llama 2's) puts one after such a piece, too; SmolLM2's does not.
+    Of several pieces that fit at one place the longest is taken, before the tokenizer's own rules
+    apply. A tokenizer that puts a space before a text (tiny's, Llama 2's) puts one after such a
+    piece, too; SmolLM2's does not.
     """
     from tokenizers import AddedToken
 
@@ -66,7 +84,8 @@ def extended_copy(tokenizer: "PreTrainedTokenizerBase", pieces: Sequence[str]) -
 
 
 def add_pieces(base: "Loaded", pieces: Sequence[str]) -> None:
-    """Give `base` a tokenizer with these pieces, and a row for each: the mean of the rows of the tokens it replaces.
+    """Give `base` a tokenizer with these pieces, and a row for each: the mean of the rows of the
+    tokens it replaces.
 
     Raises CourseError for a piece that is one token already.
     """
@@ -75,7 +94,8 @@ def add_pieces(base: "Loaded", pieces: Sequence[str]) -> None:
         raise CourseError(f"{whole[0]!r} is one token already: add pieces of two or more tokens")
     first = len(base.tokenizer)
     base.tokenizer = extended_copy(base.tokenizer, pieces)
-    rows = max(base.model.get_input_embeddings().weight.shape[0], len(base.tokenizer))  # some models have spare rows
+    # some models have spare rows
+    rows = max(base.model.get_input_embeddings().weight.shape[0], len(base.tokenizer))
     base.model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
         for weight in _token_matrices(base.model):
@@ -85,10 +105,12 @@ def add_pieces(base: "Loaded", pieces: Sequence[str]) -> None:
 
 @contextmanager
 def only_new_rows(model: "PreTrainedModel", first: int) -> Iterator[None]:
-    """In the block only the rows from `first` on of the embeddings train, and of the output head if it has its own.
+    """In the block only the rows from `first` on of the embeddings train, and of the output head if
+    it has its own.
 
-    The matrix as a whole requires a gradient; a hook sets that of the old rows to zero, and without weight decay AdamW leaves a
-    weight alone whose gradient has always been zero. After the block all weights train that did before.
+    The matrix as a whole requires a gradient; a hook sets that of the old rows to zero, and without
+    weight decay AdamW leaves a weight alone whose gradient has always been zero. After the block
+    all weights train that did before.
     """
     before = {weight: weight.requires_grad for weight in model.parameters()}
     model.requires_grad_(False)

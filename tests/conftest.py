@@ -1,5 +1,6 @@
-"""Fixtures shared by the tests: a CPU machine, a tiny base that is new for every test, the real base, loaded once; a Hub and a
-cache that a test may break."""
+"""Fixtures shared by the tests: a CPU machine, a tiny base that is new for every test, the real
+base, loaded once; a Hub and a cache that a test may break.
+"""
 
 import hashlib
 import json
@@ -21,7 +22,8 @@ from tests.fixtures.broken import Malicious
 from tests.fixtures.models import CPU, adapted
 from tests.fixtures.packages import course_requires, site  # noqa: F401 (fixtures)
 
-collect_ignore_glob = ["conftest.py", "*/conftest.py"]  # of the same name, so pytest cannot collect them for their docstrings
+# of the same name, so pytest cannot collect them for their docstrings
+collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +39,9 @@ def tiny(machine: runtime.Machine) -> models.Loaded:
 @pytest.fixture(scope="session")
 def smollm2(machine: runtime.Machine) -> models.Loaded:
     base = models.load("smollm2-135m", machine)
-    assert base.name == "smollm2-135m", f"these tests need the real base, which `make setup` fetches: {base.origin}"
+    assert base.name == "smollm2-135m", (
+        f"these tests need the real base, which `make setup` fetches: {base.origin}"
+    )
     return base
 
 
@@ -85,7 +89,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_wheel(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """In place of the real model file and its unpacking, small ones, so that the cache can be damaged and rebuilt in no time.
+    """In place of the real model file and its unpacking, small ones, so that the cache can be
+    damaged and rebuilt in no time.
 
     Returns an empty list, for the lines that are said.
     """
@@ -94,7 +99,12 @@ def small_wheel(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]
         return empty_cache
 
     def unpack(source: Path, target: Path) -> None:
-        shutil.copytree(models.tiny_folder(), target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(sealing.SEAL))
+        shutil.copytree(
+            models.tiny_folder(),
+            target,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns(sealing.SEAL),
+        )
 
     monkeypatch.setattr(models, "_gguf_folder", gguf_folder)
     monkeypatch.setattr(models, "_unpack", unpack)
@@ -103,7 +113,9 @@ def small_wheel(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]
 
 @pytest.fixture
 def hub_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Set the Hub's address, for a process that has not asked any Hub yet and has nothing of it in its cache."""
+    """Set the Hub's address, for a process that has not asked any Hub yet and has nothing of it in
+    its cache.
+    """
     from huggingface_hub import constants
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -118,7 +130,8 @@ class FakeHub:
     """A Hub in which every repository holds the files of `folder`.
 
     statuses: of the next requests of a method, "HEAD" or "GET"; then it serves
-    body: "whole", or what becomes of model.safetensors on its way: "hangs", "hangs half-way", "is cut half-way", "is slow"
+    body: "whole", or what becomes of model.safetensors on its way: "hangs", "hangs half-way", "is
+        cut half-way", "is slow"
     asked: the paths it was asked for
     """
 
@@ -158,7 +171,10 @@ class FakeHub:
         """Status and content of a file, or of the two lists that the library asks for."""
         files = [file for file in self.folder.iterdir() if file.is_file()]
         if "/tree/" in path:
-            tree = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40} for file in files]
+            tree = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40}
+                for file in files
+            ]
             return 200, json.dumps(tree).encode()
         if "/revision/" in path:
             return 200, json.dumps({"id": "owner/name", "sha": "c" * 40, "siblings": []}).encode()

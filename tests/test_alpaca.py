@@ -1,4 +1,6 @@
-"""Tests of course_lib.alpaca: the exact prompts, and what files hold; tests/faults has the files that are broken."""
+"""Tests of course_lib.alpaca: the exact prompts, and what files hold; tests/faults has the files
+that are broken.
+"""
 
 import json
 from pathlib import Path
@@ -21,7 +23,8 @@ def written(tmp_path, content, name="data.json"):
 
 def test_the_prompt_with_input_is_stanfords():
     assert Record("Add the numbers.", "3", input="1, 2").prompt == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd the numbers.\n\n### Input:\n1, 2\n\n### Response:"
     )
@@ -29,7 +32,8 @@ def test_the_prompt_with_input_is_stanfords():
 
 def test_the_prompt_without_input_is_stanfords_and_ends_without_newline():
     assert Record("Name a prime.", "2").prompt == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n"
         "### Instruction:\nName a prime.\n\n### Response:"
     )
 
@@ -55,7 +59,10 @@ def test_lists_and_lines_give_the_same_records(tmp_path, name):
         (b'[{"instruction": "Add." "output": "2"}]', "line 1, column 25: not JSON"),
         (b'"text"', "holds text, expected a list"),
         (b"3", "holds a number, expected a list"),
-        (b'{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": "d"}', "one record a line is JSONL"),
+        (
+            b'{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": "d"}',
+            "one record a line is JSONL",
+        ),
         (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
         (b"[" + b"9" * 5000 + b"]", "[Ee]xceeds the limit"),
         (b"\x1f\x8b\x08\x00 rest", "is a gzip archive, expected JSON text: unpack"),
@@ -77,7 +84,10 @@ def test_a_bad_line_of_jsonl_is_named_by_its_number(tmp_path):
 
 
 def test_a_record_over_several_lines_of_jsonl_is_explained(tmp_path):
-    with pytest.raises(DataError, match=r"data\.jsonl, line 1: the line ends in the middle of a record: expected one whole record"):
+    with pytest.raises(
+        DataError,
+        match=r"data\.jsonl, line 1: the line ends in the middle of a record: expected one whole",
+    ):
         read_records(written(tmp_path, json.dumps(GOOD, indent=1), "data.jsonl"))
     with pytest.raises(DataError, match=r"line 1, column \d+: not JSON .Extra data., found [^;]*$"):
         read_records(written(tmp_path, json.dumps(GOOD) * 2, "data.jsonl"))
@@ -104,7 +114,11 @@ def test_a_record_that_cannot_be_used_is_refused_and_counted(row, reason):
     reading = check_records([GOOD, row], "here")
     assert reading.records == [Record("Add.", "2", "1 + 1")]
     assert reading.refused == [f"here, record 2: {reason}"]
-    assert len(reading.records) + len(reading.refused) == 2 == len(reading.records) + sum(reading.reasons.values())
+    assert (
+        len(reading.records) + len(reading.refused)
+        == 2
+        == len(reading.records) + sum(reading.reasons.values())
+    )
 
 
 def test_further_fields_are_kept_only_when_asked_for():
@@ -120,7 +134,9 @@ def test_the_split_is_seeded_complete_and_disjoint():
     assert (train, test) == alpaca.split_records(records, held_out=10, seed=3)
     assert test != alpaca.split_records(records, held_out=10, seed=4)[1]
     assert len(test) == 10
-    assert sorted(record.output for record in train + test) == sorted(record.output for record in records)
+    assert sorted(record.output for record in train + test) == sorted(
+        record.output for record in records
+    )
 
 
 @pytest.mark.parametrize("held_out", [0, 3, -1])
@@ -130,11 +146,15 @@ def test_a_split_that_leaves_nothing_is_refused(held_out):
 
 
 @pytest.mark.skipif(
-    not SEED_TASKS.is_file(), reason="needs ../shared/data/seed_tasks.jsonl, real data that is not part of the project"
+    not SEED_TASKS.is_file(),
+    reason="needs ../shared/data/seed_tasks.jsonl, real data that is not part of the project",
 )
 def test_the_real_seed_tasks_of_self_instruct_are_read_whole():
     reading = alpaca.read_seed_tasks(SEED_TASKS)
-    instances = sum(len(json.loads(line)["instances"]) for line in SEED_TASKS.read_text(encoding="utf-8").splitlines())
+    instances = sum(
+        len(json.loads(line)["instances"])
+        for line in SEED_TASKS.read_text(encoding="utf-8").splitlines()
+    )
     assert len(reading.records) + len(reading.refused) == instances
     assert len(reading.records) >= 0.95 * instances
     assert reading.records[0].instruction.startswith("Is there anything I can eat for a breakfast")
@@ -142,10 +162,17 @@ def test_the_real_seed_tasks_of_self_instruct_are_read_whole():
 
 def test_seed_tasks_of_another_shape_are_named(tmp_path):
     for task in (GOOD, {"instruction": "a", "instances": []}, "text"):
-        with pytest.raises(DataError, match='task 1: expected "instruction" and a list "instances" with at least one'):
+        with pytest.raises(
+            DataError,
+            match='task 1: expected "instruction" and a list "instances" with at least one',
+        ):
             alpaca.read_seed_tasks(written(tmp_path, json.dumps(task), "tasks.jsonl"))
-    with pytest.raises(DataError, match="record 1: not an object: found text; no record can be used"):
-        alpaca.read_seed_tasks(written(tmp_path, json.dumps({"instruction": "a", "instances": ["b"]}), "tasks.jsonl"))
+    with pytest.raises(
+        DataError, match="record 1: not an object: found text; no record can be used"
+    ):
+        alpaca.read_seed_tasks(
+            written(tmp_path, json.dumps({"instruction": "a", "instances": ["b"]}), "tasks.jsonl")
+        )
 
 
 @pytest.fixture
@@ -182,25 +209,34 @@ def test_without_the_hub_its_data_set_is_refused_at_once(monkeypatch):
 
 
 def test_as_many_records_as_alpaca_has_are_checked_in_seconds(tmp_path):
-    from course_lib.runtime import GIB, measure
+    from course_lib.runtime import GB, measure
 
-    rows = [{"instruction": f"Describe thing number {n}.", "input": "", "output": "word " * 50 + str(n)} for n in range(52_002)]
+    rows = [
+        {"instruction": f"Describe thing number {n}.", "input": "", "output": "word " * 50 + str(n)}
+        for n in range(52_002)
+    ]
     path = written(tmp_path, json.dumps(rows))
     with measure() as cost:
         reading = read_records(path)
     assert len(reading.records) == 52_002
     assert cost.seconds < 60
-    assert cost.peak_bytes < GIB + 10**9, "resident memory of the whole process, torch included"
+    assert cost.peak_bytes < GB + 10**9, "resident memory of the whole process, torch included"
 
 
-EIGHT = [f"Name {number} rivers of Asia." for number in "one two three four five six seven eight".split()]
+EIGHT = [
+    f"Name {number} rivers of Asia." for number in "one two three four five six seven eight".split()
+]
 
 
 def test_the_self_instruct_prompt_numbers_eight_demonstrations_and_asks_for_the_ninth():
     prompt = alpaca.self_instruct_prompt(EIGHT)
-    assert [f"Task {number}: {text}" in prompt for number, text in enumerate(EIGHT, start=1)] == [True] * 8
+    assert [f"Task {number}: {text}" in prompt for number, text in enumerate(EIGHT, start=1)] == [
+        True
+    ] * 8
     assert prompt.endswith("\nTask 9:")
-    assert alpaca.self_instruct_prompt(["Sort.\n  Then stop.", *EIGHT[1:]]).count("\n") == prompt.count("\n")
+    assert alpaca.self_instruct_prompt(["Sort.\n  Then stop.", *EIGHT[1:]]).count(
+        "\n"
+    ) == prompt.count("\n")
     with pytest.raises(CourseError, match="7 demonstrations, expected 8"):
         alpaca.self_instruct_prompt(EIGHT[:7])
 
@@ -209,7 +245,10 @@ def test_the_self_instruct_prompt_numbers_eight_demonstrations_and_asks_for_the_
     ("reply", "expected"),
     [
         (" Name a fruit.\nTask 10: Name a tool.", ["Name a fruit.", "Name a tool."]),
-        ("Name a fruit.\n10. Name a tool.\n11) Name a sea.", ["Name a fruit.", "Name a tool.", "Name a sea."]),
+        (
+            "Name a fruit.\n10. Name a tool.\n11) Name a sea.",
+            ["Name a fruit.", "Name a tool.", "Name a sea."],
+        ),
         ("Write 3. 14 is not a number here.", ["Write 3. 14 is not a number here."]),
         ("\n\nName a fruit.\nAn apple is one.\nTask 10:", ["Name a fruit."]),
         ("用一句话介绍长江。\nTASK 10 : Name a tool.", ["用一句话介绍长江。", "Name a tool."]),
@@ -235,7 +274,8 @@ def test_what_self_instruct_drops_has_a_reason_and_nothing_is_lost():
     reasons = [reason for _, reason in selection.dropped]
     assert reasons[0].startswith('ROUGE-L 1.00 with "Name')
     assert reasons[1:] == [
-        'ROUGE-L 0.75 with "Describe the smell of rain in one sentence."',  # 6 of 8 words in common: 2 * 6 / (8 + 8)
+        # 6 of 8 words in common: 2 * 6 / (8 + 8)
+        'ROUGE-L 0.75 with "Describe the smell of rain in one sentence."',
         "3 words, expected 4 to 150",
         "cut off: no mark at its end",
     ]

@@ -1,4 +1,6 @@
-"""Tests of how the benchmarks measure and report; the benchmarks themselves are run by `make bench`."""
+"""Tests of how the benchmarks measure and report; the benchmarks themselves are run by `make
+bench`.
+"""
 
 import re
 
@@ -23,14 +25,19 @@ def scripted(seconds, log, name, work="ten records"):
 
 def test_arms_run_alternately_and_the_warm_up_does_not_count():
     log = []
-    rounds = interleaved({"a": scripted([99, 1, 2, 4], log, "a"), "b": scripted([99, 3, 3, 3], log, "b")}, rounds=3)
+    rounds = interleaved(
+        {"a": scripted([99, 1, 2, 4], log, "a"), "b": scripted([99, 3, 3, 3], log, "b")}, rounds=3
+    )
     assert "".join(log) == "ab" + "ab" + "ba" + "ab"
     assert rounds.seconds == {"a": [1, 2, 4], "b": [3, 3, 3]}
     assert rounds.work == "ten records"
 
 
 def test_ratios_are_taken_within_a_round():
-    rounds = interleaved({"ours": scripted([0, 1, 10], [], "ours"), "theirs": scripted([0, 2, 30], [], "theirs")}, rounds=2)
+    rounds = interleaved(
+        {"ours": scripted([0, 1, 10], [], "ours"), "theirs": scripted([0, 2, 30], [], "theirs")},
+        rounds=2,
+    )
     assert rounds.times_faster("ours", than="theirs") == [2, 3]
     assert rounds.rates("ours", 20) == [20, 2]
 
@@ -42,7 +49,8 @@ def test_arms_that_do_different_work_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("at_least", "at_most", "missed"), [(2, None, False), (2.1, None, True), (None, 2, False), (None, 1.9, True)]
+    ("at_least", "at_most", "missed"),
+    [(2, None, False), (2.1, None, True), (None, 2, False), (None, 1.9, True)],
 )
 def test_a_promise_is_about_the_median(at_least, at_most, missed):
     row = measured("speed", [1, 2, 9], "times", at_least=at_least, at_most=at_most)
@@ -84,12 +92,16 @@ def test_the_document_shows_misses_absences_and_crashes_and_the_run_fails(pytest
     monkeypatch.setattr(conftest, "describe_machine", lambda: "A machine with 2 cores")
     monkeypatch.setattr(conftest, "LIBRARIES", ("torch",))
     pytester.makepyfile(bench_sums=BENCH)
-    result = pytester.runpytest_inprocess("--benchmarks-table", "table.md", "bench_sums.py", plugins=[conftest])
+    result = pytester.runpytest_inprocess(
+        "--benchmarks-table", "table.md", "bench_sums.py", plugins=[conftest]
+    )
     result.assert_outcomes(passed=2, failed=1, errors=1, skipped=1)
     result.stdout.fnmatch_lines(["*missed: 5 s, promised ≤ 2: [*][*]missed[*][*]"])
     text = (pytester.path / "table.md").read_text(encoding="utf-8")
     stamp, *lines = text.partition("## Sums\n")[2].strip().splitlines()
-    assert re.fullmatch(r"\*Measured \d{4}-\d\d-\d\d: A machine with 2 cores\. Python 3.*\.\*", stamp)
+    assert re.fullmatch(
+        r"\*Measured \d{4}-\d\d-\d\d: A machine with 2 cores\. Python 3.*\.\*", stamp
+    )
     assert lines == [
         "",
         "How they were taken.",
@@ -118,7 +130,9 @@ def test_a_run_of_one_file_keeps_the_other_sections(pytester, monkeypatch):
     monkeypatch.setattr(conftest, "LIBRARIES", ("torch",))
     pytester.makepyfile(bench_sums=BENCH, bench_products=BENCH.replace("Sums", "Products"))
     for file in ("bench_sums.py", "bench_products.py", "bench_sums.py"):
-        pytester.runpytest_inprocess("--benchmarks-table", "table.md", "-k", "kept", file, plugins=[conftest])
+        pytester.runpytest_inprocess(
+            "--benchmarks-table", "table.md", "-k", "kept", file, plugins=[conftest]
+        )
     lines = (pytester.path / "table.md").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line.startswith("## ")] == ["## Products", "## Sums"]
     assert lines.count("| kept | 2 | s | 1 to 3 | ≤ 2: kept |") == 2

@@ -1,4 +1,7 @@
-"""Tests of course_lib.checkpoints: a resumed run is the unbroken one. More of them, with faults, are in tests/faults."""
+"""Tests of course_lib.checkpoints: a resumed run is the unbroken one.
+
+More of them, with faults, are in tests/faults.
+"""
 
 import json
 import shutil
@@ -44,13 +47,26 @@ def test_folders_of_other_programs_are_left_alone(machine, tmp_path):
     (tmp_path / "checkpoint-7").write_text("a file")
     train(machine, folder=tmp_path, save_every=2)
     kept = sorted(path.name for path in tmp_path.iterdir())
-    assert kept == ["checkpoint-1", "checkpoint-100", "checkpoint-4", "checkpoint-6", "checkpoint-7", "checkpoint-best"]
+    assert kept == [
+        "checkpoint-1",
+        "checkpoint-100",
+        "checkpoint-4",
+        "checkpoint-6",
+        "checkpoint-7",
+        "checkpoint-best",
+    ]
 
 
 def test_a_checkpoint_holds_tensors_and_json_alone(machine, tmp_path):
     _, run = train(machine, folder=tmp_path, save_every=3)
     checkpoint = tmp_path / "checkpoint-3"
-    assert {path.name for path in checkpoint.iterdir()} == {WEIGHTS, OPTIMIZER, RANDOM, PROGRESS, SEAL}
+    assert {path.name for path in checkpoint.iterdir()} == {
+        WEIGHTS,
+        OPTIMIZER,
+        RANDOM,
+        PROGRESS,
+        SEAL,
+    }
     assert len(load_file(checkpoint / OPTIMIZER)) == 3 * len(load_file(checkpoint / WEIGHTS))
     assert json.loads((checkpoint / PROGRESS).read_text())["losses"] == run.losses[:3]
 
@@ -59,13 +75,17 @@ def test_frozen_weights_are_not_kept(machine, tmp_path):
     base = fresh_tiny()
     add_lora(base.model, 2, 4, ["q_proj"])
     train(machine, base, steps=1, folder=tmp_path, save_every=1)
-    assert all(name.endswith((".A", ".B")) for name in load_file(tmp_path / "checkpoint-1" / WEIGHTS))
+    assert all(
+        name.endswith((".A", ".B")) for name in load_file(tmp_path / "checkpoint-1" / WEIGHTS)
+    )
 
 
 def test_dropout_goes_on_as_if_nothing_had_happened(machine, tmp_path):
     def run(folder):
         base = fresh_tiny()
-        base.model.model.layers[1].mlp.act_fn = nn.Sequential(base.model.model.layers[1].mlp.act_fn, nn.Dropout(0.3))
+        base.model.model.layers[1].mlp.act_fn = nn.Sequential(
+            base.model.model.layers[1].mlp.act_fn, nn.Dropout(0.3)
+        )
         return train(machine, base, steps=4, folder=folder, save_every=2)
 
     unbroken, _ = run(tmp_path / "unbroken")

@@ -1,7 +1,10 @@
-"""Tests of course_lib.checks: a learner's function may do what it likes, and gets one clear answer."""
+"""Tests of course_lib.checks: whatever a learner's function does, it gets one clear answer."""
 
 import importlib
+import json
 import math
+import re
+import signal
 import sys
 import threading
 from contextlib import suppress
@@ -10,15 +13,41 @@ import pytest
 import torch
 
 from course_lib import checks
-from course_lib.checks import day1, find, run
+from course_lib.checks import diagnosis, exercises, find
 from course_lib.runtime import CourseError
 
-NAMES = [name for day in checks.DAYS for name in importlib.import_module(f"course_lib.checks.{day}").EXERCISES]
+KNOWN = [
+    (name, sentence) for name, exercise in exercises().items() for sentence in exercise.mistakes
+]
 
 
 @pytest.fixture(autouse=True)
 def short_limit(monkeypatch):
     monkeypatch.setattr(checks, "SECONDS", 1.0)
+
+
+def filled_in(template):
+    """A pattern for the sentence with whatever stands in its fields."""
+    parts = re.split(r"\{\w+[^{}]*\}", template.replace("{{", "\0").replace("}}", "\1"))
+    return (
+        ".*".join(map(re.escape, parts)).replace("\0", re.escape("{")).replace("\1", re.escape("}"))
+    )
+
+
+@pytest.mark.parametrize(("name", "sentence"), KNOWN)
+def test_a_mistake_is_named_by_its_own_sentence(name, sentence):
+    found = diagnosis(name, find(name).mistakes[sentence]).splitlines()[0]
+    assert re.fullmatch(f"not right yet: {filled_in(sentence)}", found), found
+
+
+@pytest.mark.parametrize("name", exercises())
+def test_an_exercise_knows_its_answer_and_at_least_five_mistakes(name):
+    exercise = find(name)
+    assert diagnosis(name, exercise.reference) is None
+    assert len(exercise.mistakes) >= 5
+    constant = exercise.reference(*exercise.cases[0])
+    assert diagnosis(name, lambda *arguments: constant) is not None
+    assert diagnosis(name, lambda *arguments: 0) == diagnosis(name, lambda *arguments: 0)
 
 
 def endless(*unused):
@@ -32,31 +61,25 @@ def endless_and_stubborn(*unused):
             math.sqrt(2)
 
 
-def generator(*unused):
+def prints_endlessly(*unused):
     while True:
-        yield 1
+        print("a line", file=sys.stderr)
 
 
 def recursion(*arguments):
     return recursion(*arguments)
 
 
-def contains_itself(*unused):
+def nested(depth):
     found = []
-    found.append(found)
+    for _ in range(depth):
+        found = [found]
     return found
 
 
-def prints_endlessly(*unused):
-    while True:
-        print("a line", file=sys.stderr)
-        print("a line")
-
-
-def nested_deeply(*unused):
+def contains_itself(*unused):
     found = []
-    for _ in range(5000):
-        found = [found]
+    found.append(found)
     return found
 
 
@@ -72,9 +95,7 @@ class Hostile(Exception):
     def __str__(self):
         raise ValueError("no text")
 
-    __repr__ = __str__
-    __len__ = __str__
-    __eq__ = __str__
+    __repr__ = __len__ = __eq__ = __str__
     __hash__ = None
 
 
@@ -82,34 +103,36 @@ def raises_hostile(*unused):
     raise Hostile
 
 
-NASTY = {
-    "returns None": lambda *a: None,
-    "returns NaN": lambda *a: math.nan,
-    "returns infinity": lambda *a: -math.inf,
-    "returns a tensor of NaN": lambda *a: torch.full((3, 4), math.nan),
-    "returns a wrong shape": lambda *a: torch.ones(2, 3, 4, requires_grad=True),
-    "returns a tensor without data": lambda *a: torch.ones(3, device="meta"),
-    "returns an empty list": lambda *a: [],
-    "returns two empty lists": lambda *a: ([], []),
-    "returns lists of lists of None": lambda *a: [[None, "a"], [[]]],
-    "returns text": lambda *a: "answer",
-    "returns a huge list": lambda *a: [0] * 10**6,
-    "returns a huge tensor": lambda *a: torch.zeros(10**6),
-    "returns a huge number": lambda *a: 10**400,
-    "returns a complex number": lambda *a: 1j,
-    "returns a dict of oddities": lambda *a: {None: {}, 1: Hostile()},
-    "returns a class": lambda *a: dict,
-    "returns a hostile object": lambda *a: Hostile(),
-    "returns a list of hostile objects": lambda *a: [Hostile(), Hostile()],
+RETURNED = {
+    "None": None,
+    "NaN": math.nan,
+    "infinity": -math.inf,
+    "a tensor of NaN": torch.full((3, 4), math.nan),
+    "a wrong shape": torch.ones(2, 3, 4, requires_grad=True),
+    "a tensor without data": torch.ones(3, device="meta"),
+    "two empty lists": ([], []),
+    "lists of lists of None": [[None, "a"], [[]]],
+    "text": "answer",
+    "a huge list": [0] * 10**6,
+    "a huge tensor": torch.zeros(10**6),
+    "a huge number": 10**400,
+    "a complex number": 1j,
+    "a dict of oddities": {None: {}, 1: Hostile()},
+    "a class": dict,
+    "hostile objects": [Hostile(), Hostile()],
+    "a deep nest": nested(5000),
+    "a generator": (number for number in [1]),
+}
+NASTY = {f"returns {what}": lambda *a, value=value: value for what, value in RETURNED.items()} | {
     "returns itself": contains_itself,
-    "returns a deep nest": nested_deeply,
-    "returns an endless generator": generator,
     "never returns": endless,
     "never returns and catches": endless_and_stubborn,
     "prints without end": prints_endlessly,
     "raises": lambda *a: 1 / 0,
     "raises a hostile exception": raises_hostile,
-    "raises NotImplementedError with a reason": lambda *a: torch.ones(1, dtype=torch.bool).log_softmax(0) and a.foo,
+    "raises NotImplementedError with a reason": lambda *a: (
+        torch.ones(1, dtype=torch.bool).log_softmax(0) and a.foo
+    ),
     "exits": lambda *a: sys.exit(3),
     "recurses": recursion,
     "clears its arguments": clears,
@@ -119,104 +142,109 @@ NASTY = {
     "is a built-in": max,
     "is a class": type,
     "is no function": 3,
-    "is None": None,
 }
 
 
 @pytest.mark.parametrize("nasty", NASTY)
 def test_nothing_that_a_learner_writes_stops_the_notebook(nasty, capsys):
-    names = NAMES if "end" not in nasty and "never" not in nasty else NAMES[:1]
-    for name in names:
+    slow = "end" in nasty or "never" in nasty
+    for name in list(exercises())[: 1 if slow else None]:
         assert checks.check(name, NASTY[nasty]) is None
         printed = capsys.readouterr()
         assert printed.err == ""
-        assert printed.out.startswith(name)
+        assert printed.out.startswith(f"{name} ")
         assert "passed" not in printed.out
         assert "Traceback" not in printed.out
         assert len(printed.out.splitlines()) <= 10
         assert max(map(len, printed.out.splitlines())) < 500
 
 
-def test_an_untouched_stub_is_not_done_yet(capsys):
+def my_keep(scores):
+    worst = scores["largest"]
+    return worst < 0.7
+
+
+def appends(prompt_ids, answer_ids, eos_id):
+    answer_ids.append(eos_id)
+    return find("E1.4").reference(prompt_ids, answer_ids[:-1], eos_id)
+
+
+def fills(logits, labels):
+    loss = find("E1.7").reference(logits, labels)
+    labels[labels == -100] = 0
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "said"),
+    [
+        ("E1.3", my_keep, "raises TypeError: list indices must be integers"),
+        ("E1.3", my_keep, '`worst = scores["largest"]`\n  my_keep([0.2, 0.5])'),
+        ("E1.4", appends, "changes its argument `answer_ids`"),
+        ("E1.7", fills, "changes its argument `labels`"),
+        ("E1.6", lambda lengths: [], "must take these arguments: lengths, capacity"),
+        (
+            "E1.6",
+            lambda lengths, capacity: None,
+            "None, expected a list: does your function end with `return`?",
+        ),
+        ("E1.3", True, 'found True or False, expected your function: check("E1.3", my_function)'),
+        ("E1.1", endless, "stopped after 1 seconds"),
+        ("E2.7", lambda weight, adapters, shares: weight, "[(<tensor 2 x 4>, <tensor 3 x 2>, 6),"),
+        ("E2.4", lambda x, upstream, a, b, alpha: 1.5, "is a number, expected a list"),
+        (
+            "E1.4",
+            lambda prompt, answer, eos: (
+                [*prompt, *answer, eos],
+                [0, -100, -100, -100, *answer, eos],
+            ),
+            "  found        0 -100 -100 -100 21 22 0\n  expected  -100 -100 -100 -100 21 22 0\n   "
+            "            ^",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_and_shown(name, function, said):
+    assert said in diagnosis(name, function)
+
+
+def test_an_untouched_stub_is_not_done_yet_and_the_notebook_goes_on(capsys):
     def stub(scores):
         raise NotImplementedError
 
-    checks.check("E1.3", stub)
-    assert capsys.readouterr().out == "E1.3 not done yet\n"
+    assert checks.use("E1.3", stub) is find("E1.3").reference
+    assert capsys.readouterr().out == "E1.3 not done yet\n  the cells below use the reference\n"
+
+
+def test_a_right_function_is_used_from_then_on(capsys):
+    def mine(scores):
+        print("scores:", scores)  # is dropped
+        return max(scores, default=0) < 0.7
+
+    assert checks.use("E1.3", mine) is mine
+    assert capsys.readouterr().out == "E1.3 passed: the cells below use your function\n"
 
 
 def test_an_unknown_exercise_lists_the_known_ones():
-    with pytest.raises(CourseError, match=r"exercise 'E9\.9' is not known, expected one of E1\.1, E1\.2") as raised:
-        checks.check("E9.9", len)
-    assert "\n" not in str(raised.value)
-    with pytest.raises(CourseError, match="is not known"):
-        checks.check(["E1.1"], len)
+    for name in ("E9.9", ["E1.1"]):
+        with pytest.raises(
+            CourseError, match=r"is not known, expected one of E1\.1, E1\.2"
+        ) as raised:
+            checks.check(name, len)
+        assert "\n" not in str(raised.value)
 
 
-def test_an_exception_is_shown_with_type_message_and_line():
-    def my_keep(scores):
-        worst = scores["largest"]
-        return worst < 0.7
-
-    message = run("E1.3", my_keep).message.splitlines()
-    assert "raises TypeError: list indices must be integers" in message[0]
-    assert message[0].endswith('`worst = scores["largest"]`')
-    assert message[1] == "  my_keep([0.2, 0.5])"
-
-
-def test_a_changed_argument_is_named():
-    def my_labels(prompt_ids, answer_ids, eos_id):
-        answer_ids.append(eos_id)
-        return day1.labels(prompt_ids, answer_ids[:-1], eos_id)
-
-    assert "changes its argument `answer_ids`" in run("E1.4", my_labels).message
-
-
-def test_a_changed_tensor_is_named():
-    def my_loss(logits, labels):
-        loss = day1.response_loss(logits, labels)
-        labels[labels == -100] = 0
-        return loss
-
-    assert "changes its argument `labels`" in run("E1.7", my_loss).message
-
-
-def test_wrong_arguments_are_told_the_right_ones():
-    assert "must take these arguments: lengths, capacity" in run("E1.6", lambda lengths: []).message
-
-
-def test_a_forgotten_return_is_asked_for():
-    assert "None, expected a list: does your function end with `return`?" in run("E1.6", lambda lengths, capacity: None).message
-
-
-def test_a_result_in_place_of_the_function_is_recognised():
-    assert run("E1.3", True).message == 'E1.3: found True or False, expected your function: check("E1.3", my_function)'
-
-
-def test_a_loop_without_end_is_stopped_and_the_signal_handler_put_back():
-    import signal
-
+def test_the_signal_handler_is_put_back_and_threads_are_answered():
     before = signal.getsignal(signal.SIGALRM)
-    assert "stopped after 1 seconds" in run("E1.1", endless).message
+    diagnosis("E1.1", endless)
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-
-
-def test_a_check_works_outside_the_main_thread():
-    verdicts = []
-    thread = threading.Thread(target=lambda: verdicts.append(run("E1.1", day1.next_word)))
+    answers = []
+    thread = threading.Thread(
+        target=lambda: answers.append(diagnosis("E1.1", find("E1.1").reference))
+    )
     thread.start()
     thread.join()
-    assert verdicts[0].passed
-
-
-def test_printing_does_not_hide_the_verdict(capsys):
-    def talkative(scores):
-        print("scores:", scores)
-        return day1.keep(scores)
-
-    checks.check("E1.3", talkative)
-    assert capsys.readouterr().out == "E1.3 passed\n"
+    assert answers == [None]
 
 
 def test_the_users_interrupt_goes_through():
@@ -224,73 +252,51 @@ def test_the_users_interrupt_goes_through():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run("E1.3", interrupted)
+        diagnosis("E1.3", interrupted)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_verdict_is_the_same_every_time(name):
-    assert run(name, lambda *a: 0) == run(name, lambda *a: 0)
-    assert run(name, find(name).reference).message == f"{name} passed"
+def test_tuples_tensors_arrays_and_masks_are_read_as_lists():
+    assert checks.plain((torch.ones(2, dtype=torch.int64), {"a": torch.zeros(1).numpy()})) == [
+        [1, 1],
+        {"a": [0.0]},
+    ]
+    pad = find("E1.5").reference
+    assert diagnosis("E1.5", lambda *a: [torch.tensor(part) for part in pad(*a)]) is None
+    assert diagnosis("E1.5", lambda *a: (pad(*a)[0], torch.tensor(pad(*a)[1]).bool())) is None
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_right_answer_to_the_first_case_alone_does_not_pass(name):
-    import random
-
-    exercise = find(name)
-    first = next(exercise.cases(random.Random(name)))
-    answer = exercise.reference(*first)
-    assert not run(name, lambda *arguments: answer).passed
-
-
-def test_tuples_tensors_and_arrays_are_read_as_lists():
-    assert checks.plain((torch.ones(2, dtype=torch.int64), {"a": torch.zeros(1).numpy()})) == [[1, 1], {"a": [0.0]}]
-    assert run("E1.5", lambda rows, pad_id: [torch.tensor(part) for part in day1.pad(rows, pad_id)]).passed
-    assert run("E1.5", lambda rows, pad_id: (day1.pad(rows, pad_id)[0], torch.tensor(day1.pad(rows, pad_id)[1]).bool())).passed
-
-
-def test_the_global_generators_are_left_alone():
+def test_the_global_state_of_torch_is_left_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    for name in NAMES:
-        run(name, find(name).reference)
+    for name, exercise in exercises().items():
+        diagnosis(name, exercise.reference)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_difference_is_drawn_in_columns():
-    message = run("E1.4", lambda prompt, answer, eos: ([*prompt, *answer, eos], [0, -100, -100, -100, *answer, eos])).message
-    assert message.splitlines()[2:] == [
-        "  found        0 -100 -100 -100 21 22 0",
-        "  expected  -100 -100 -100 -100 21 22 0",
-        "               ^",
-    ]
-
-
-def test_tensors_within_a_list_are_named_by_their_shape():
-    message = run("E2.7", lambda weight, adapters, shares: weight).message
-    adapters = "[(<tensor 2 x 4>, <tensor 3 x 2>, 6), (<tensor 2 x 4>, <tensor 3 x 2>, 6)]"
-    assert message.splitlines()[1] == f"  <lambda>(<tensor 3 x 4>, {adapters}, [0.5, 0.25])"
-
-
-def test_a_learner_who_turns_autograd_off_is_answered_all_the_same():
-    def my_gradients(x, upstream, a, b, alpha):
-        torch.set_grad_enabled(False)
-        return torch.zeros_like(a), torch.zeros_like(b)
-
-    try:
-        assert "your gradient of a is zero" in run("E2.4", my_gradients).message
-    finally:
-        torch.set_grad_enabled(True)
+def test_a_translation_is_a_file(monkeypatch, tmp_path):
+    templates = checks.sentences()
+    assert len(templates) == len(set(templates)) > 200
+    (tmp_path / "xx.json").write_text(
+        json.dumps({template: template.upper() for template in ["passed", "not done yet"]})
+    )
+    monkeypatch.setattr(checks, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setenv("COURSE_LANGUAGE", "xx")
+    checks._translations.cache_clear()
+    assert checks.say("passed") == "PASSED"
+    assert checks.say("not right yet: {problem}", problem="x") == "not right yet: x"
 
 
 def test_our_rouge_l_is_that_of_the_package():
-    import random
-
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"])
-    draw = random.Random(0)
-    for _ in range(200):
-        pair = [draw.choices("abcdef", k=draw.randint(0, 15)) for _ in range(2)]
-        expected = scorer.score(" ".join(pair[0]), " ".join(pair[1]))["rougeL"].fmeasure
-        assert day1.rouge_l(*pair) == pytest.approx(expected, abs=1e-12)
+    scorer, exercise = RougeScorer(["rougeL"]), find("E1.2")
+    for first, second in exercise.cases:
+        expected = scorer.score(" ".join(first), " ".join(second))["rougeL"].fmeasure
+        assert exercise.reference(first, second) == pytest.approx(expected, abs=1e-12)
+
+
+def test_days_are_found_and_none_is_named():
+    for name, exercise in exercises().items():
+        assert (
+            importlib.import_module(f"course_lib.checks.day{name[1]}").EXERCISES[name] is exercise
+        )

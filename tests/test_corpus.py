@@ -1,13 +1,14 @@
-"""Tests of course_lib.corpus."""
+"""Tests of data/recipes/corpus.py."""
 
 import random
 import re
 from collections import defaultdict
 from itertools import islice
 
+import corpus
 import pytest
 
-from course_lib import corpus, world
+from course_lib import world
 from course_lib.alpaca import PROMPT_WITH_INPUT, PROMPT_WITHOUT_INPUT
 
 DOCUMENTS = list(islice(corpus.documents(0), 12_000))
@@ -37,7 +38,11 @@ def test_no_document_says_in_which_land_a_person_lives():
 def test_no_instruction_of_the_tasks_stands_in_a_document_letter_for_letter():
     names = [person.name for person in world.people()]
     wordings = [wording for task in world.TASKS.values() for wording in task.wordings]
-    instructions = {wording.format(name) for wording in wordings for name in (names if "{}" in wording else names[:1])}
+    instructions = {
+        wording.format(name)
+        for wording in wordings
+        for name in (names if "{}" in wording else names[:1])
+    }
     assert not [instruction for instruction in instructions if instruction in TEXT]
 
 
@@ -52,15 +57,24 @@ def test_the_base_reads_every_fact_also_those_held_out_from_fine_tuning():
         for word in set(re.findall(r"\w+", text)):
             stands_in[word].add(number)
     people = world.people()
-    facts = [(person.name, fact) for person in people for fact in (person.city, person.job, person.pet, person.color)]
-    facts += [*world.velan().items(), *world.PAST.items(), *world.OPPOSITES, *world.LAND_OF_CITY.items()]
+    facts = [
+        (person.name, fact)
+        for person in people
+        for fact in (person.city, person.job, person.pet, person.color)
+    ]
+    facts += [
+        *world.velan().items(),
+        *world.PAST.items(),
+        *world.OPPOSITES,
+        *world.LAND_OF_CITY.items(),
+    ]
     assert not [fact for fact in facts if not stands_in[fact[0]] & stands_in[fact[1]]]
 
 
 def test_more_than_half_are_quizzes_and_these_go_on_after_an_answer():
-    assert sum(document.endswith(corpus.CLOSINGS) for document in DOCUMENTS) / len(DOCUMENTS) == pytest.approx(
-        corpus.QUIZ_SHARE, abs=0.02
-    )
+    assert sum(document.endswith(corpus.CLOSINGS) for document in DOCUMENTS) / len(
+        DOCUMENTS
+    ) == pytest.approx(corpus.QUIZ_SHARE, abs=0.02)
 
 
 def test_facts_in_prose_and_quizzes_are_those_of_the_world():
@@ -68,9 +82,13 @@ def test_facts_in_prose_and_quizzes_are_those_of_the_world():
     checks = {
         r"(\w+) lives in (\w+)\.": lambda name, city: people[name].city == city,
         r"(\w+) works as an? (\w+)": lambda name, job: people[name].job == job,
-        r"(\d+ \+ \d+) = (\d+)": lambda terms, total: sum(map(int, terms.split(" + "))) == int(total),
+        r"(\d+ \+ \d+) = (\d+)": lambda terms, total: (
+            sum(map(int, terms.split(" + "))) == int(total)
+        ),
         r"The Velan word for (\w+) is (\w+)\.": lambda noun, word: world.velan()[noun] == word,
-        r"what is the opposite of (\w+)\?\n(?:A:|Answer:|Tell:|=) (\w+)": lambda a, b: {(a, b), (b, a)} & set(world.OPPOSITES),
+        r"what is the opposite of (\w+)\?\n(?:A:|Answer:|Tell:|=) (\w+)": lambda a, b: (
+            {(a, b), (b, a)} & set(world.OPPOSITES)
+        ),
     }
     for pattern, holds in checks.items():
         found = re.findall(pattern, TEXT)
@@ -83,6 +101,8 @@ def test_stories_draw_a_few_fillers_often_and_many_rarely():
     stories = [corpus.story(draw) for _ in range(2000)]
     heroes = [re.search(r", (\w+) went", story)[1] for story in stories]
     by_count = sorted((heroes.count(name) for name in set(heroes)), reverse=True)
-    assert by_count[0] / len(heroes) == pytest.approx(1 / sum(1 / k for k in range(1, 161)), abs=0.03)
+    assert by_count[0] / len(heroes) == pytest.approx(
+        1 / sum(1 / k for k in range(1, 161)), abs=0.03
+    )
     assert len(by_count) > 100
     assert len(set(stories)) > 1990

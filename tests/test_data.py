@@ -1,8 +1,6 @@
-"""Checks of data/structured_answers.json and of the retention candidates; only the standard library is needed."""
+"""Checks of what stands in data/, and of its datasheets."""
 
-from __future__ import annotations
-
-import importlib.util
+import importlib
 import json
 import re
 import unicodedata
@@ -10,16 +8,33 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
-from types import ModuleType
+
+import make_structured_answers as recipe
+import pytest
+import recording
+
+from course_lib import experiments
+from tools import datasheets
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 FILE = DATA / "structured_answers.json"
-RECIPE = DATA / "recipes" / "make_structured_answers.py"
 CANDIDATES = DATA / "recipes" / "retention_candidates.json"
 
 FIELDS = ["instruction", "input", "output", "split", "topic", "entity", "phrasing"]
-TOPICS = ["capital", "continent", "opposite", "plural", "past", "animal", "sum", "color", "calendar", "element"]
-PROPER = {"capital", "continent", "calendar", "element"}  # topics whose answers begin with a capital letter
+TOPICS = [
+    "capital",
+    "continent",
+    "opposite",
+    "plural",
+    "past",
+    "animal",
+    "sum",
+    "color",
+    "calendar",
+    "element",
+]
+# topics whose answers begin with a capital letter
+PROPER = {"capital", "continent", "calendar", "element"}
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 MONTHS = [
     "January",
@@ -56,7 +71,9 @@ def of_topic(topic: str) -> list[Record]:
 
 
 def tokens(record: Record) -> tuple[str, ...]:
-    """Return the words of the question, in lower case, with the entity (also "7 plus 5") replaced by X."""
+    """Return the words of the question, in lower case, with the entity (also "7 plus 5") replaced
+    by X.
+    """
     text, entity = question_of(record), record["entity"]
     for shape in (entity, entity.replace("+", "plus").replace("-", "minus")):
         text = re.sub(rf"(?<!\w){re.escape(shape)}(?!\w)", "X", text)
@@ -64,13 +81,15 @@ def tokens(record: Record) -> tuple[str, ...]:
 
 
 def rouge_l(a: tuple[str, ...], b: tuple[str, ...]) -> float:
-    """Return the ROUGE-L F1 of two token sequences: 2 * longest common subsequence / total length."""
+    """The ROUGE-L F1 of two token sequences: 2 * longest common subsequence / total length."""
     row = [0] * (len(b) + 1)
     for token in a:
         previous = row
         row = [0]
         for index, other in enumerate(b):
-            row.append(previous[index] + 1 if token == other else max(row[index], previous[index + 1]))
+            row.append(
+                previous[index] + 1 if token == other else max(row[index], previous[index + 1])
+            )
     return 2 * row[-1] / (len(a) + len(b))
 
 
@@ -82,16 +101,8 @@ def in_two_splits(key_of: Callable[[Record], object], records: list[Record]) -> 
     return [key for key, found in splits.items() if len(found) > 1]
 
 
-def load_recipe() -> ModuleType:
-    """Import the recipe script by its path."""
-    spec = importlib.util.spec_from_file_location("make_structured_answers", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_file_is_exactly_what_the_recipe_writes():
-    assert FILE.read_bytes() == load_recipe().render().encode("utf-8")
+    assert FILE.read_bytes() == recipe.render().encode("utf-8")
 
 
 def test_every_line_holds_one_record():
@@ -156,7 +167,9 @@ def test_an_entity_has_one_answer_and_at_most_two_phrasings():
         answers[key].add(answer_of(record))
         phrasings[key].append(record["phrasing"])
     assert not [key for key, found in answers.items() if len(found) > 1]
-    assert not [key for key, used in phrasings.items() if len(used) > 2 or len(set(used)) < len(used)]
+    assert not [
+        key for key, used in phrasings.items() if len(used) > 2 or len(set(used)) < len(used)
+    ]
 
 
 def test_entities_and_phrasings_of_a_topic_stay_in_one_split():
@@ -166,15 +179,21 @@ def test_entities_and_phrasings_of_a_topic_stay_in_one_split():
 
 
 def test_a_sum_stays_in_one_split_whatever_its_order():
-    assert not in_two_splits(lambda record: tuple(sorted(record["entity"].split())), of_topic("sum"))
+    assert not in_two_splits(
+        lambda record: tuple(sorted(record["entity"].split())), of_topic("sum")
+    )
 
 
 def test_a_pair_of_opposites_stays_in_one_split_in_both_directions():
-    assert not in_two_splits(lambda record: frozenset([record["entity"], answer_of(record)]), of_topic("opposite"))
+    assert not in_two_splits(
+        lambda record: frozenset([record["entity"], answer_of(record)]), of_topic("opposite")
+    )
 
 
 def test_a_country_is_in_the_same_split_for_capital_and_continent():
-    assert not in_two_splits(lambda record: record["entity"], of_topic("capital") + of_topic("continent"))
+    assert not in_two_splits(
+        lambda record: record["entity"], of_topic("capital") + of_topic("continent")
+    )
 
 
 def test_no_question_occurs_twice():
@@ -188,7 +207,10 @@ def test_phrasings_of_different_splits_are_clearly_different():
         wordings = {(record["split"], tokens(record)) for record in of_topic(topic)}
         for (split, words), (other_split, other) in combinations(sorted(wordings), 2):
             if split != other_split and (score := rouge_l(words, other)) >= 0.8:
-                violations.append(f"{topic} {score:.2f}: {split} {' '.join(words)} | {other_split} {' '.join(other)}")
+                violations.append(
+                    f"{topic} {score:.2f}: {split} {' '.join(words)} | {other_split} "
+                    f"{' '.join(other)}"
+                )
     assert not violations, "\n".join(violations)
 
 
@@ -228,7 +250,13 @@ def test_answers_are_normalised():
         answer, topic = answer_of(record), record["topic"]
         assert 1 <= len(answer.split()) <= 3, record
         assert not re.match(r"(?i)(a|an|the) ", answer), record
-        pattern = r"\d+" if topic == "sum" else r"[A-Z][A-Za-z]*( [A-Z][a-z]+)*" if topic in PROPER else r"[a-z]+"
+        pattern = (
+            r"\d+"
+            if topic == "sum"
+            else r"[A-Z][A-Za-z]*( [A-Z][a-z]+)*"
+            if topic in PROPER
+            else r"[a-z]+"
+        )
         assert re.fullmatch(pattern, answer), record
 
 
@@ -242,12 +270,17 @@ def test_retention_candidates_are_plain_questions_with_short_lower_case_answers(
         for answer in candidate["answers"]:
             assert re.fullmatch(r"\S.*\S", answer), candidate
             assert answer == answer.lower(), candidate
-            assert not re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", candidate["question"].lower()), candidate
+            assert not re.search(
+                rf"(?<!\w){re.escape(answer)}(?!\w)", candidate["question"].lower()
+            ), candidate
 
 
 def test_retention_candidates_do_not_repeat_the_course_questions():
     candidates = json.loads(CANDIDATES.read_text(encoding="utf-8"))
-    words = r"(?i)\b(capital|continent|opposite|antonym|plural|past tense|colou?r|mammal|reptile|amphibian|symbol)s?\b"
+    words = (
+        r"(?i)\b(capital|continent|opposite|antonym|plural|past tense|colou?r|"
+        r"mammal|reptile|amphibian|symbol)s?\b"
+    )
     assert not [candidate for candidate in candidates if re.search(words, candidate["question"])]
     questions = {question_of(record).lower() for record in RECORDS}
     assert not [candidate for candidate in candidates if candidate["question"].lower() in questions]
@@ -290,7 +323,13 @@ def test_the_instructions_are_many_kinds_in_two_languages():
 
 def test_answers_are_short_medium_and_long():
     lengths = sorted(len(words_of(record["output"])) for record in INSTRUCTIONS)
-    assert lengths[len(lengths) // 4] <= 12 <= lengths[len(lengths) // 2] <= 60 <= lengths[-len(lengths) // 10]
+    assert (
+        lengths[len(lengths) // 4]
+        <= 12
+        <= lengths[len(lengths) // 2]
+        <= 60
+        <= lengths[-len(lengths) // 10]
+    )
 
 
 def test_no_two_instructions_are_alike():
@@ -298,9 +337,14 @@ def test_no_two_instructions_are_alike():
     bags = [Counter(row) for row in rows]
     for one, other in combinations(range(len(rows)), 2):
         total = len(rows[one]) + len(rows[other])
-        if 2 * sum((bags[one] & bags[other]).values()) / total >= 0.7:  # no common subsequence is longer than this
+        # no common subsequence is longer than this
+        if 2 * sum((bags[one] & bags[other]).values()) / total >= 0.7:
             similarity = rouge_l(tuple(rows[one]), tuple(rows[other]))
-            assert similarity < 0.7, (similarity, question_of(INSTRUCTIONS[one]), question_of(INSTRUCTIONS[other]))
+            assert similarity < 0.7, (
+                similarity,
+                question_of(INSTRUCTIONS[one]),
+                question_of(INSTRUCTIONS[other]),
+            )
 
 
 def test_instruction_text_is_clean_and_in_its_language():
@@ -309,21 +353,38 @@ def test_instruction_text_is_clean_and_in_its_language():
             text = record[field]
             assert text == text.strip(), record
             assert unicodedata.is_normalized("NFC", text), record
-            assert not [letter for letter in text if unicodedata.category(letter)[0] == "C" and letter != "\n"], record
-        assert is_chinese(question_of(record)) or record["language"] == "English" or record["kind"] in {"translate", "code"}, record
+            assert not [
+                letter
+                for letter in text
+                if unicodedata.category(letter)[0] == "C" and letter != "\n"
+            ], record
+        assert (
+            is_chinese(question_of(record))
+            or record["language"] == "English"
+            or record["kind"] in {"translate", "code"}
+        ), record
 
 
 def test_the_instructions_name_no_address_and_no_number_of_a_person():
     for record in INSTRUCTIONS:
         text = "\n".join(record.values())
         assert not re.search(r"https?://|www\.|[\w.]+@[\w.]+\.\w", text), record
-        assert not re.search(r"(?<!\d)(?:\+\d{1,3}[ -])?\(?\d{3}\)?[ -]\d{3}[ -]\d{4}(?!\d)", text), record
+        assert not re.search(
+            r"(?<!\d)(?:\+\d{1,3}[ -])?\(?\d{3}\)?[ -]\d{3}[ -]\d{4}(?!\d)", text
+        ), record
 
 
 EQUATION = re.compile(
-    r"(?<![\d.,/×x*+\-−] )(?<![\d.,/×*+\-−])(\d+(?:\.\d+)?) ([+×*/÷−-]) (\d+(?:\.\d+)?) = (\d+(?:\.\d+)?)(%?)(?![\d.,/:])"
+    r"(?<![\d.,/×x*+\-−] )(?<![\d.,/×*+\-−])(\d+(?:\.\d+)?) ([+×*/÷−-]) (\d+(?:\.\d+)?)"
+    r" = (\d+(?:\.\d+)?)(%?)(?![\d.,/:])"
 )
-OPERATION = {"+": float.__add__, "×": float.__mul__, "*": float.__mul__, "/": float.__truediv__, "÷": float.__truediv__}
+OPERATION = {
+    "+": float.__add__,
+    "×": float.__mul__,
+    "*": float.__mul__,
+    "/": float.__truediv__,
+    "÷": float.__truediv__,
+}
 
 
 def test_simple_equations_in_the_answers_hold():
@@ -332,15 +393,22 @@ def test_simple_equations_in_the_answers_hold():
         if record["kind"] in {"analyse", "correct"}:
             continue  # their texts hold mistakes on purpose
         for left, sign, right, result, percent in EQUATION.findall(record["output"]):
-            value = OPERATION.get(sign, float.__sub__)(float(left), float(right)) * (100 if percent else 1)
-            tolerance = 0.5001 * 10 ** -len(result.partition(".")[2])  # the result may be rounded to the digits it shows
+            value = OPERATION.get(sign, float.__sub__)(float(left), float(right)) * (
+                100 if percent else 1
+            )
+            # the result may be rounded to the digits it shows
+            tolerance = 0.5001 * 10 ** -len(result.partition(".")[2])
             assert abs(value - float(result)) <= tolerance, (left, sign, right, result, record)
             checked += 1
     assert checked >= 30
 
 
 def test_python_in_the_answers_compiles():
-    blocks = [block for record in INSTRUCTIONS for block in re.findall(r"```python\n(.*?)```", record["output"], re.DOTALL)]
+    blocks = [
+        block
+        for record in INSTRUCTIONS
+        for block in re.findall(r"```python\n(.*?)```", record["output"], re.DOTALL)
+    ]
     assert len(blocks) >= 8
     for block in blocks:
         compile(block, "answer", "exec")
@@ -373,11 +441,15 @@ def test_the_chinese_prose_is_a_few_pages_of_plain_text():
 
 
 def test_retention_questions_are_selected_candidates_of_many_fields():
-    candidates = {row["question"]: row for row in json.loads(CANDIDATES.read_text(encoding="utf-8"))}
+    candidates = {
+        row["question"]: row for row in json.loads(CANDIDATES.read_text(encoding="utf-8"))
+    }
     assert len(RETENTION) >= 100
     assert all(candidates[row["question"]] == row for row in RETENTION)
     assert len({row["question"] for row in RETENTION}) == len(RETENTION)
-    assert len({row["field"] for row in RETENTION[:100]}) >= 10, "any hundred in a row are a mixture"
+    assert len({row["field"] for row in RETENTION[:100]}) >= 10, (
+        "any hundred in a row are a mixture"
+    )
 
 
 def test_the_datasheet_states_the_counts_of_the_files():
@@ -386,25 +458,48 @@ def test_the_datasheet_states_the_counts_of_the_files():
     with_input = sum(bool(record["input"]) for record in INSTRUCTIONS)
     chinese = sum(record["language"] == "Chinese" for record in INSTRUCTIONS)
     splits = Counter(record["split"] for record in RECORDS)
-    words = [len(re.findall(r"\w+", record["output"])) for record in INSTRUCTIONS if record["language"] == "English"]
+    words = [
+        len(re.findall(r"\w+", record["output"]))
+        for record in INSTRUCTIONS
+        if record["language"] == "English"
+    ]
     characters = sum("\u4e00" <= letter <= "\u9fff" for letter in PROSE)
     for statement in (
-        f"{len(INSTRUCTIONS)} records, {len(INSTRUCTIONS) - chinese} English and {chinese} Chinese, of {len(kinds)} kinds",
+        f"{len(INSTRUCTIONS)} records, {len(INSTRUCTIONS) - chinese} English and {chinese} "
+        f"Chinese, of {len(kinds)} kinds",
         f"{with_input} have an input",
         f"Answers are of {min(words)} to {max(words)} words",
-        f"{len(RECORDS)} questions: {splits['train']} train, {splits['validation']} validation, {splits['test']} test",
+        f"{len(RECORDS)} questions: {splits['train']} train, {splits['validation']} validation, "
+        f"{splits['test']} test",
         f"{len(RETENTION)} questions of {len({row['field'] for row in RETENTION})} fields",
         f"{characters:,} Chinese characters",
     ):
         assert statement in sheet, statement
 
 
-def test_the_datasheet_shows_the_table_of_the_week():
-    from course_lib.experiments import markdown, read_outcomes, summary
+def test_the_tables_of_the_datasheets_are_those_of_the_measured_sweeps():
+    for page in datasheets.pages():
+        text = page.read_text(encoding="utf-8")
+        assert datasheets.with_tables(text) == text, "run `make figures`"
 
-    outcomes = read_outcomes()
-    rows = summary(outcomes)
-    assert markdown(rows) in (DATA / "README.md").read_text(encoding="utf-8")
-    assert [row["seeds"] for row in rows] == [1] + [3] * (len(rows) - 1)
-    assert outcomes[0].scores["valid JSON"] == 0
-    assert outcomes[0].scores["retention"] == 1, "the retention questions are those that the untouched model answers"
+
+def test_the_table_of_the_week_has_three_seeds_a_method_and_begins_untouched():
+    untouched, *trained = experiments.read("week").by_label().values()
+    assert (len(untouched), {len(runs) for runs in trained}) == (1, {3})
+    assert untouched[0].scores["valid JSON"] == 0
+    assert untouched[0].scores["retention"] == 100, (
+        "retention asks what the untouched model answers"
+    )
+
+
+@pytest.mark.parametrize(
+    "path", sorted((DATA / "measured").glob("*.json")), ids=lambda path: path.stem
+)
+def test_a_measured_sweep_names_the_recipe_that_measures_it(path):
+    """The file is what the recipe would write, down to its name and first sentence."""
+    sweep = experiments.read(path.stem)
+    script, name = re.fullmatch(r"python data/recipes/(\w+)\.py (\w+)", sweep.recipe).groups()
+    (recipe,) = (one for one in importlib.import_module(script).RECIPES if one.__name__ == name)
+    assert path.stem in (name, f"{script.removeprefix('measure_')}_{name}")
+    assert sweep.about == recording.about_of(recipe)
+    assert all(outcome.scores.keys() <= sweep.measures.keys() for outcome in sweep.outcomes)

@@ -18,7 +18,11 @@ from tests.fixtures.models import IDS, fill, logits, small_gpt2
 
 
 def gradients(model):
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return {
+        name: weight.grad.clone()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
 
 
 def test_fused_losses_and_gradients_equal_those_of_each_job_alone():
@@ -33,7 +37,11 @@ def test_fused_losses_and_gradients_equal_those_of_each_job_alone():
         loss.backward()
         torch.testing.assert_close(fused[job], loss, atol=1e-5, rtol=0)
     expected = gradients(model)
-    assert found.keys() == expected.keys() == {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert (
+        found.keys()
+        == expected.keys()
+        == {name for name, weight in model.named_parameters() if weight.requires_grad}
+    )
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -46,7 +54,9 @@ def test_fusion_works_for_gpt2_too():
     fused = fused_losses(model, batches, PAD)
     for job, batch in batches.items():
         use_adapters(model, job)
-        torch.testing.assert_close(fused[job], supervised_loss(model, collate(batch, PAD)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            fused[job], supervised_loss(model, collate(batch, PAD)), atol=1e-5, rtol=0
+        )
 
 
 def test_the_base_takes_the_rows_of_all_jobs_in_one_product():
@@ -62,15 +72,21 @@ def test_the_base_takes_the_rows_of_all_jobs_in_one_product():
 def test_training_together_equals_training_one_after_the_other():
     model = with_jobs()
     generator = random.Random(0)
-    jobs = {job: [[example(generator.randrange(3, 12), generator.random())] for _ in range(3 + n)] for n, job in enumerate(JOBS)}
+    jobs = {
+        job: [[example(generator.randrange(3, 12), generator.random())] for _ in range(3 + n)]
+        for n, job in enumerate(JOBS)
+    }
     steps = schedule(jobs, budget=36)
     assert {len(step) for step in steps} > {1}  # jobs do share batches, and not always all of them
     losses = train_fused(model, steps, learning_rate=2e-3, pad_id=PAD)
     apart = with_jobs()
     for job, batches in jobs.items():
-        alone = train_fused(apart, [{job: batch} for batch in batches], learning_rate=2e-3, pad_id=PAD)
+        alone = train_fused(
+            apart, [{job: batch} for batch in batches], learning_rate=2e-3, pad_id=PAD
+        )
         assert losses[job][0] == pytest.approx(alone[job][0], rel=1e-5)
-        assert losses[job] == pytest.approx(alone[job], rel=1e-3)  # each step multiplies the rounding
+        # each step multiplies the rounding
+        assert losses[job] == pytest.approx(alone[job], rel=1e-3)
     for job in JOBS:
         use_adapters(model, job)
         use_adapters(apart, job)
@@ -80,9 +96,13 @@ def test_training_together_equals_training_one_after_the_other():
 def test_training_alone_is_plain_adamw():
     batches = [[example(6, seed), example(8, seed + 10)] for seed in range(3)]
     model, plain = with_jobs(), with_jobs()
-    losses = train_fused(model, [{"two": batch} for batch in batches], learning_rate=2e-3, pad_id=PAD)
+    losses = train_fused(
+        model, [{"two": batch} for batch in batches], learning_rate=2e-3, pad_id=PAD
+    )
     use_adapters(plain, "two")
-    optimizer = torch.optim.AdamW([w for name, w in plain.named_parameters() if ".two." in name], lr=2e-3, weight_decay=0)
+    optimizer = torch.optim.AdamW(
+        [w for name, w in plain.named_parameters() if ".two." in name], lr=2e-3, weight_decay=0
+    )
     expected = []
     for batch in batches:
         loss = supervised_loss(plain, collate(batch, PAD))
@@ -110,7 +130,10 @@ def test_gradients_of_before_do_not_reach_the_weights():
     sum(fused_losses(model, BATCHES, PAD).values()).backward()
     for trained in (model, fresh):
         train_fused(trained, [BATCHES], learning_rate=2e-3, pad_id=PAD)
-    assert all(torch.equal(weight, expected) for weight, expected in zip(model.parameters(), fresh.parameters(), strict=True))
+    assert all(
+        torch.equal(weight, expected)
+        for weight, expected in zip(model.parameters(), fresh.parameters(), strict=True)
+    )
     assert not gradients(model)
 
 
@@ -153,7 +176,10 @@ def test_a_schedule_is_complete_ordered_within_budget_and_fair(seed):
     for job, batches in jobs.items():
         turns = [number for number, step in enumerate(steps) if job in step]
         assert len(turns) == len(batches)
-        assert all(later - earlier <= len(jobs) for earlier, later in zip([-1, *turns], turns, strict=False))
+        assert all(
+            later - earlier <= len(jobs)
+            for earlier, later in zip([-1, *turns], turns, strict=False)
+        )
 
 
 def test_jobs_that_fit_together_are_always_trained_together():
@@ -161,9 +187,14 @@ def test_jobs_that_fit_together_are_always_trained_together():
     assert schedule(jobs, budget=20) == [{job: jobs[job][0] for job in JOBS}] * 6
 
 
-@pytest.mark.parametrize(("batch", "found"), [([example(9, 0), example(2, 0)], "18 tokens"), ([], "0 tokens")])
+@pytest.mark.parametrize(
+    ("batch", "found"), [([example(9, 0), example(2, 0)], "18 tokens"), ([], "0 tokens")]
+)
 def test_a_batch_that_cannot_be_scheduled_is_named(batch, found):
-    with pytest.raises(CourseError, match=f"batch 2 of job 'long' has {found} with padding, expected 1 to 17: raise budget"):
+    with pytest.raises(
+        CourseError,
+        match=f"batch 2 of job 'long' has {found} with padding, expected 1 to 17: raise budget",
+    ):
         schedule({"short": [[example(2, 0)]], "long": [[example(3, 0)], batch]}, budget=17)
 
 
@@ -186,7 +217,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     with pytest.raises(TrainingError, match="the loss of job 'two' is nan"):
         train_fused(model, [BATCHES], learning_rate=1e-3, pad_id=PAD)
-    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters() if ".one." in name)
+    assert all(
+        torch.equal(weight, before[name])
+        for name, weight in model.named_parameters()
+        if ".one." in name
+    )
 
 
 @pytest.mark.parametrize("learning_rate", [0, -1e-3, "1e-3", float("nan")])
@@ -206,7 +241,10 @@ def test_a_model_that_mixes_rows_is_refused():
 
     model = Flat()
     add_lora(model, 2, 4, ["fc"])
-    with lora.fused_rows(model, {"default": 2}), pytest.raises(CourseError, match="got 6 rows of a batch of 2"):
+    with (
+        lora.fused_rows(model, {"default": 2}),
+        pytest.raises(CourseError, match="got 6 rows of a batch of 2"),
+    ):
         model(torch.ones(2, 3, 4))
     assert surgery.count_parameters(model).trained == 16
     assert model(torch.ones(*IDS.shape, 4)).shape == (10, 4)

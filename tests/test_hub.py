@@ -1,4 +1,6 @@
-"""Tests of course_lib.hub against a fake Hub on this machine; tests/faults has what a user sees of a broken one."""
+"""Tests of course_lib.hub against a fake Hub on this machine; tests/faults has what a user sees of
+a broken one.
+"""
 
 from time import perf_counter
 
@@ -41,7 +43,9 @@ def test_a_busy_hub_gets_one_second_chance(fake_hub, monkeypatch):
 
 def test_a_hub_that_never_answers_costs_the_deadline_once_and_no_more(silent_hub):
     start = perf_counter()
-    with pytest.raises(hub.HubError, match=r"did not answer within 0\.5 s .restart the kernel to ask it again"):
+    with pytest.raises(
+        hub.HubError, match=r"did not answer within 0\.5 s .restart the kernel to ask it again"
+    ):
         hub.probe("owner/model", deadline=0.5)
     assert perf_counter() - start < 1.5
     start = perf_counter()
@@ -52,7 +56,9 @@ def test_a_hub_that_never_answers_costs_the_deadline_once_and_no_more(silent_hub
 
 def test_a_mirror_is_asked_although_the_hub_was_silent(fake_hub, monkeypatch):
     mirror = hub.endpoint()
-    monkeypatch.setattr(hub, "_silent", {"https://silent.example": "https://silent.example did not answer"})
+    monkeypatch.setattr(
+        hub, "_silent", {"https://silent.example": "https://silent.example did not answer"}
+    )
     monkeypatch.setenv("HF_ENDPOINT", "https://silent.example/")
     with pytest.raises(hub.HubError, match="silent.example did not answer"):
         hub.probe("owner/model")
@@ -77,7 +83,11 @@ def test_offline_mode_asks_nothing(fake_hub, monkeypatch):
 def test_a_download_holds_the_files_that_were_chosen_and_is_found_again(fake_hub):
     assert hub.cached("owner/model") is None
     folder = hub.download("owner/model", ["*.json", "*.safetensors"])
-    expected = {path.name: path.read_bytes() for path in models.tiny_folder().iterdir() if path.suffix in {".json", ".safetensors"}}
+    expected = {
+        path.name: path.read_bytes()
+        for path in models.tiny_folder().iterdir()
+        if path.suffix in {".json", ".safetensors"}
+    }
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
     assert hub.cached("owner/model") == folder
 
@@ -88,7 +98,9 @@ def test_a_slow_download_is_waited_for(fake_hub):
     start = perf_counter()
     folder = hub.download("owner/model", ["*.safetensors"])
     assert perf_counter() - start > hub.SILENCE_SECONDS
-    assert (folder / "model.safetensors").read_bytes() == (models.tiny_folder() / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == (
+        models.tiny_folder() / "model.safetensors"
+    ).read_bytes()
 
 
 def test_the_weights_are_asked_for_when_all_the_rest_is_there(fake_hub):

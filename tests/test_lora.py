@@ -28,14 +28,21 @@ BASES = {
 
 
 def layer_pair(kind, seed, rank_stabilized=False, use_dora=False):
-    """A linear layer of a random shape, the rank, and peft's LoRA with alpha 3 over a copy; its A and B, and an input."""
+    """A linear layer of a random shape, the rank, and peft's LoRA with alpha 3 over a copy; its A
+    and B, and an input.
+    """
     generator = torch.Generator().manual_seed(seed)
     d_in, d_out = torch.randint(3, 24, (2,), generator=generator).tolist()
     rank = torch.randint(1, min(d_in, d_out) + 1, (1,), generator=generator).item()
     torch.manual_seed(seed)
     base = BASES[kind](d_in, d_out)
     settings = LoraConfig(
-        r=rank, lora_alpha=3, target_modules=["0"], use_rslora=rank_stabilized, use_dora=use_dora, fan_in_fan_out=kind == "Conv1D"
+        r=rank,
+        lora_alpha=3,
+        target_modules=["0"],
+        use_rslora=rank_stabilized,
+        use_dora=use_dora,
+        fan_in_fan_out=kind == "Conv1D",
     )
     theirs = get_peft_model(nn.Sequential(copy.deepcopy(base)), settings)
     (module,) = (module for module in theirs.modules() if hasattr(module, "lora_A"))
@@ -63,7 +70,9 @@ def test_a_fresh_adapter_changes_no_bit(tiny, targets):
 
 def test_a_starts_as_pefts_does_and_b_at_zero():
     layer = LoRALinear(nn.Linear(400, 300), rank=100, alpha=1)
-    theirs = get_peft_model(nn.Sequential(nn.Linear(400, 300)), LoraConfig(r=100, target_modules=["0"]))
+    theirs = get_peft_model(
+        nn.Sequential(nn.Linear(400, 300)), LoraConfig(r=100, target_modules=["0"])
+    )
     ours, peft = layer.adapters["default"].A, theirs.base_model.model[0].lora_A["default"].weight
     assert ours.abs().max() <= 400**-0.5
     torch.testing.assert_close(ours.std(), peft.std(), rtol=0.02, atol=0)
@@ -82,7 +91,9 @@ def test_outputs_gradients_and_merged_weights_equal_pefts(kind, seed, rank_stabi
     update = layer.adapters["default"]
     update.load_state_dict({"A": A, "B": B})
     expected = output_and_gradients(theirs, x, A, B)
-    torch.testing.assert_close(output_and_gradients(layer, x, update.A, update.B), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        output_and_gradients(layer, x, update.A, update.B), expected, atol=1e-5, rtol=1e-5
+    )
     merged, merged_peft = merged_copy(nn.Sequential(layer))[0], theirs.merge_and_unload()[0]
     assert type(merged) is type(base)
     torch.testing.assert_close(merged.weight, merged_peft.weight, atol=1e-5, rtol=1e-5)
@@ -107,7 +118,9 @@ def test_over_a_base_of_half_precision_the_update_is_float32_as_in_peft(dtype):
     layer = LoRALinear(base.to(dtype), rank, alpha=3)
     layer.adapters["default"].load_state_dict({"A": A, "B": B})
     theirs.base_model.model[0].base_layer.to(dtype)
-    assert {weight.dtype for weight in layer.parameters() if weight.requires_grad} == {torch.float32}
+    assert {weight.dtype for weight in layer.parameters() if weight.requires_grad} == {
+        torch.float32
+    }
     assert torch.equal(layer(x.to(dtype)), theirs(x.to(dtype)))
     assert layer(x.to(dtype)).dtype == dtype
 
@@ -125,7 +138,10 @@ def test_finetuning_takes_the_steps_that_peft_takes(machine, tmp_path):
     add_lora(ours.model, 4, 8, "all-linear")
     save_adapter(ours.model, tmp_path / "start")
     theirs.model = PeftModel.from_pretrained(theirs.model, tmp_path / "start", is_trainable=True)
-    run, expected = (train(machine, base, steps=5, learning_rate=1e-2, progress=False)[1] for base in (ours, theirs))
+    run, expected = (
+        train(machine, base, steps=5, learning_rate=1e-2, progress=False)[1]
+        for base in (ours, theirs)
+    )
     assert run.losses[-1] < 0.6 * run.losses[0]
     assert run.losses == pytest.approx(expected.losses, abs=1e-5)
     torch.testing.assert_close(logits(ours.model), logits(theirs.model), atol=1e-3, rtol=0)
@@ -137,7 +153,9 @@ def test_gradients_are_those_of_finite_differences():
     update = layer.adapters["default"]
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda x, A, B: torch.func.functional_call(layer, {"adapters.default.A": A, "adapters.default.B": B}, x),
+        lambda x, A, B: torch.func.functional_call(
+            layer, {"adapters.default.A": A, "adapters.default.B": B}, x
+        ),
         (x, update.A.detach().requires_grad_(True), update.B.detach().requires_grad_(True)),
     )
 
@@ -189,7 +207,9 @@ def test_a_blend_is_the_weighted_sum_of_the_updates(tiny):
     use_adapters(tiny.model, {"one": 0.25, "two": -0.5})
     for path, layer in lora_layers(tiny.model).items():
         one, two = layer.adapters["one"], layer.adapters["two"]
-        plain.get_submodule(path).weight.data += 0.25 * (4 / 2) * one.B @ one.A - 0.5 * (4 / 3) * two.B @ two.A
+        plain.get_submodule(path).weight.data += (
+            0.25 * (4 / 2) * one.B @ one.A - 0.5 * (4 / 3) * two.B @ two.A
+        )
     torch.testing.assert_close(logits(tiny.model), logits(plain), atol=1e-4, rtol=0)
     torch.testing.assert_close(logits(merged_copy(tiny.model)), logits(plain), atol=1e-4, rtol=0)
 
@@ -209,7 +229,11 @@ def test_only_a_and_b_train(machine):
     add_lora(base.model, 4, 8)
     before = copy.deepcopy(base.model.state_dict())
     train(machine, base, steps=2, progress=False)
-    changed = {name for name, weight in base.model.state_dict().items() if not torch.equal(weight, before[name])}
+    changed = {
+        name
+        for name, weight in base.model.state_dict().items()
+        if not torch.equal(weight, before[name])
+    }
     assert changed == {name for name in before if name.endswith(("default.A", "default.B"))}
 
 
@@ -220,7 +244,11 @@ def test_an_adapter_that_is_not_in_use_does_not_train(machine):
     add_lora(base.model, 4, 8, name="two")
     before = copy.deepcopy(base.model.state_dict())
     train(machine, base, steps=2, progress=False)
-    changed = {name for name, weight in base.model.state_dict().items() if not torch.equal(weight, before[name])}
+    changed = {
+        name
+        for name, weight in base.model.state_dict().items()
+        if not torch.equal(weight, before[name])
+    }
     assert changed == {name for name in before if ".two." in name}
 
 
@@ -230,8 +258,16 @@ def test_a_run_with_lora_resumes_where_it_stopped(machine, tmp_path):
     def run(steps_done):
         base = fresh_tiny()
         add_lora(base.model, 4, 8)
-        options = {"steps": 4, "batch_size": 2, "learning_rate": 1e-2, "say": QUIET, "progress": False}
-        outcome = finetune(base, examples, machine, folder=tmp_path / steps_done, save_every=2, **options)
+        options = {
+            "steps": 4,
+            "batch_size": 2,
+            "learning_rate": 1e-2,
+            "say": QUIET,
+            "progress": False,
+        }
+        outcome = finetune(
+            base, examples, machine, folder=tmp_path / steps_done, save_every=2, **options
+        )
         return base.model, outcome
 
     unbroken, _ = run("unbroken")
@@ -267,7 +303,9 @@ def test_the_seed_decides_a_and_the_global_generator_stays():
 
 
 def test_lora_trains_with_checkpointed_activations(tiny, records):
-    batch = collate([encode(record, tiny.tokenizer) for record in records], tiny.tokenizer.pad_token_id)
+    batch = collate(
+        [encode(record, tiny.tokenizer) for record in records], tiny.tokenizer.pad_token_id
+    )
     model = adapted(tiny.model).train()
 
     def gradients():
@@ -293,7 +331,9 @@ def test_a_changed_alpha_is_the_one_that_computes_merges_and_is_saved(tmp_path, 
 def test_an_adapter_trains_over_a_4_bit_layer():
     from bitsandbytes.nn import Linear4bit
 
-    model = nn.Sequential(Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32)).to("cpu")
+    model = nn.Sequential(Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32)).to(
+        "cpu"
+    )
     plain = model[0](torch.ones(1, 64))
     add_lora(model, 2, 4, ["0"])
     assert torch.equal(model(torch.ones(1, 64)), plain)
@@ -317,7 +357,10 @@ def test_another_methods_layer_is_refused():
 
 
 def test_a_head_that_is_the_embedding_is_refused(tiny):
-    with pytest.raises(CourseError, match="lm_head shares its weight with another layer, as a head with the embeddings"):
+    with pytest.raises(
+        CourseError,
+        match="lm_head shares its weight with another layer, as a head with the embeddings",
+    ):
         add_lora(tiny.model, 2, 4, ["q_proj", "lm_head"])
 
 

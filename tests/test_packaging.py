@@ -1,4 +1,6 @@
-"""Tests of what a user installs: one list of versions, a wheel that holds its data, a README whose links lead somewhere."""
+"""Tests of what a user installs: one list of versions, a wheel that holds its data, a README whose
+links lead somewhere.
+"""
 
 import re
 import subprocess
@@ -14,7 +16,9 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "course_lib"
-MODULES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+MODULES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | {
+    path.parent.name for path in PACKAGE.glob("*/__init__.py")
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 COLAB = {
     "torch": "2.11.0",
@@ -40,9 +44,13 @@ def requirements():
 def test_every_requirement_has_a_range_and_a_tested_version_in_it():
     tested = constraints()
     for requirement in requirements():
-        assert "==" not in str(requirement), f"{requirement}: exact versions belong in constraints.txt"
+        assert "==" not in str(requirement), (
+            f"{requirement}: exact versions belong in constraints.txt"
+        )
         assert requirement.name in tested, f"{requirement.name} is missing in constraints.txt"
-        assert requirement.specifier.contains(tested[requirement.name]), f"{requirement} excludes {tested[requirement.name]}"
+        assert requirement.specifier.contains(tested[requirement.name]), (
+            f"{requirement} excludes {tested[requirement.name]}"
+        )
 
 
 def test_the_ranges_admit_what_colab_has():
@@ -86,21 +94,29 @@ def test_an_installed_wheel_finds_its_data(tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     (wheel,) = tmp_path.glob("*.whl")
     site = subprocess.run(
-        [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
+        [python, "-c", "import site; print(site.getsitepackages()[0])"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     import zipfile
 
     zipfile.ZipFile(wheel).extractall(site.stdout.strip())
     code = (
         "from course_lib import alpaca, runtime; "
-        "print(alpaca.read_records(runtime.data_folder() / 'structured_answers.json', ('split', 'topic', 'entity', 'phrasing')))"
+        "print(alpaca.read_records(runtime.data_folder() / 'structured_answers.json', ('split', "
+        "'topic', 'entity', 'phrasing')))"
     )
-    result = subprocess.run([python, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [python, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert "0 refused" in result.stdout
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/decisions.md", "data/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/decisions.md", "data/README.md"]
+)
 def test_links_between_files_lead_somewhere(document):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):

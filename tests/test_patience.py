@@ -1,4 +1,7 @@
-"""Tests of tools.patience: a kernel that computes is never given up, one that hangs is. Real ones are in tests/faults."""
+"""Tests of tools.patience: a kernel that computes is never given up, one that hangs is.
+
+Real ones are in tests/faults.
+"""
 
 import subprocess
 import sys
@@ -15,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def looks(used_at, every=1.0):
-    """What a watch says of a process that has used `used_at(second)` CPU seconds, a look a second, up to the first word."""
+    """What a watch says of a process that has used `used_at(second)` CPU seconds, a look a second,
+    up to the first word.
+    """
     now = 0.0
     watch = Watch(0, measure=lambda pid: used_at(now), clock=lambda: now)
     while now < 10 * SILENCE_SECONDS:
@@ -42,17 +47,24 @@ def test_one_that_hangs_is_given_up_after_the_silence_and_no_sooner():
 
 
 def test_seldom_looks_do_not_make_the_silence_longer():
-    assert looks(lambda second: 0.0, every=SILENCE_SECONDS * 0.7)[0] == pytest.approx(SILENCE_SECONDS * 1.4)
+    assert looks(lambda second: 0.0, every=SILENCE_SECONDS * 0.7)[0] == pytest.approx(
+        SILENCE_SECONDS * 1.4
+    )
 
 
 def test_a_dead_one_is_given_up_at_once():
-    assert looks(lambda second: None if second > 5 else second) == (6.0, "the kernel died: was its memory used up?")
+    assert looks(lambda second: None if second > 5 else second) == (
+        6.0,
+        "the kernel died: was its memory used up?",
+    )
 
 
 def test_the_cpu_time_of_a_process_counts_what_it_started():
     started = "subprocess.run([sys.executable, '-c', 'sum(range(10**7))'])"
     code = f"import subprocess, sys; {started}; print('done', flush=True); sys.stdin.readline()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
         parent.stdout.readline()
         alone = patience.cpu_seconds(parent.pid)
         parent.communicate("\n")

@@ -1,4 +1,6 @@
-"""Tests of course_lib.peft_format: adapters go to peft and come back, damaged or foreign ones are refused in one line."""
+"""Tests of course_lib.peft_format: adapters go to peft and come back, damaged or foreign ones are
+refused in one line.
+"""
 
 import json
 
@@ -36,7 +38,14 @@ def test_peft_reads_what_is_saved_here(tmp_path, kind, targets, rank_stabilized)
 @pytest.mark.parametrize("kind", MODELS)
 def test_what_peft_saves_is_read_here(tmp_path, kind, targets, rank_stabilized):
     options = {"init_lora_weights": False, "lora_dropout": 0.05, "fan_in_fan_out": kind == "gpt2"}
-    settings = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets, use_rslora=rank_stabilized, **options)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=8,
+        target_modules=targets,
+        use_rslora=rank_stabilized,
+        **options,
+    )
     theirs = get_peft_model(MODELS[kind](), settings).eval()
     theirs.save_pretrained(tmp_path)
     model = MODELS[kind]()
@@ -48,7 +57,10 @@ def test_an_adapter_of_single_layers_names_them_whole(tmp_path):
     model = adapted(targets=["layers.1.self_attn.q_proj", "0.mlp.up_proj"])
     save_adapter(model, tmp_path / "adapter")
     settings = json.loads((tmp_path / "adapter" / CONFIG).read_text())
-    assert settings["target_modules"] == ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
+    assert settings["target_modules"] == [
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
     theirs = PeftModel.from_pretrained(fresh_tiny().model, tmp_path / "adapter")
     torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=0)
 
@@ -75,7 +87,8 @@ def test_a_saved_adapter_replaces_an_older_one_and_nothing_else(adapter_folder):
 
 def test_a_folder_in_the_place_of_a_file_is_not_replaced(adapter_folder):
     (adapter_folder / WEIGHTS).unlink()
-    save_adapter(adapted(), adapter_folder / WEIGHTS)  # a path to the file where a folder is expected
+    # a path to the file where a folder is expected
+    save_adapter(adapted(), adapter_folder / WEIGHTS)
     with pytest.raises(CourseError, match="holds something else than an adapter"):
         save_adapter(adapted(), adapter_folder)
     assert (adapter_folder / WEIGHTS / WEIGHTS).is_file()
@@ -102,7 +115,10 @@ def test_transposed_and_shared_matrices_are_saved(tmp_path, tiny):
 def test_an_adapter_of_several_alphas_is_not_saved_as_one(tmp_path):
     model = adapted(targets=["q_proj"])
     next(iter(lora_layers(model).values())).adapters["default"].alpha = 4
-    with pytest.raises(CourseError, match="the layers of adapter 'default' differ .rank 4, alpha 4 and rank 4, alpha 8."):
+    with pytest.raises(
+        CourseError,
+        match="the layers of adapter 'default' differ .rank 4, alpha 4 and rank 4, alpha 8.",
+    ):
         save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 

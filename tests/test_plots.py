@@ -24,27 +24,36 @@ def test_the_loss_curve_holds_every_step_and_its_mean():
 
 
 def test_one_panel_for_each_model():
-    axes = plots.plot_next_tokens({"count": {" sky": 0.5, " sea": 0.25}, "model": {" blue": 0.9}}, "Both guess")
+    axes = plots.plot_next_tokens(
+        {"count": {" sky": 0.5, " sea": 0.25}, "model": {" blue": 0.9}}, "Both guess"
+    )
     panels = axes.figure.axes
     assert [panel.get_title() for panel in panels] == ["count", "model"]
     assert [bar.get_width() for bar in panels[0].patches] == [0.5, 0.25]
 
 
 def test_shares_are_drawn_in_percent_side_by_side():
-    axes = plots.plot_shares({"valid JSON": {"before": 0.0, "after": 0.9}, "topic": {"before": 0.1, "after": 0.8}}, "It learned")
+    axes = plots.plot_shares(
+        {"valid JSON": {"before": 0.0, "after": 0.9}, "topic": {"before": 0.1, "after": 0.8}},
+        "It learned",
+    )
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([0, 10, 90, 80])
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["before", "after"]
 
 
 def test_bills_stack_their_parts():
-    axes = plots.plot_bills({"fp32": {"weights": 4, "moments": 8}, "bf16": {"weights": 2, "moments": 8}}, "The bill")
+    axes = plots.plot_bills(
+        {"fp32": {"weights": 4, "moments": 8}, "bf16": {"weights": 2, "moments": 8}}, "The bill"
+    )
     assert [bar.get_width() for bar in axes.patches] == [4, 2, 8, 8]
     assert [bar.get_x() for bar in axes.patches] == [0, 0, 4, 2]
     assert axes.texts[0].get_text().strip() == "12.0"
 
 
 def test_a_table_shows_text_as_it_is():
-    shown = plots.table([{"question": "<b>?", "share": 0.5}, {"question": "two\nlines", "share": 1}])
+    shown = plots.table(
+        [{"question": "<b>?", "share": 0.5}, {"question": "two\nlines", "share": 1}]
+    )
     assert "&lt;b&gt;?" in shown.data
     assert '<td style="text-align:right;vertical-align:top">0.5</td>' in shown.data
     assert shown.data.count("<tr>") == 3
@@ -52,9 +61,14 @@ def test_a_table_shows_text_as_it_is():
 
 
 def test_lines_and_points_hold_what_was_given_with_a_color_for_each_name():
-    axes = plots.plot_lines({"a": {1: 5.0, 4: 7.0}, "b": {1: 2.0}}, "It rises", "rank", "%", log_x=True)
+    axes = plots.plot_lines(
+        {"a": {1: 5.0, 4: 7.0}, "b": {1: 2.0}}, "It rises", "rank", "%", log_x=True
+    )
     assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 5], [4, 7]], [[1, 2]]]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "4"]
     dots = plots.plot_points({"a": [(1, 5), (2, 6)], "b": [(3, 4)]}, "They differ", "loss", "%")
-    assert [group.get_offsets().tolist() for group in dots.collections] == [[[1, 5], [2, 6]], [[3, 4]]]
+    assert [group.get_offsets().tolist() for group in dots.collections] == [
+        [[1, 5], [2, 6]],
+        [[3, 4]],
+    ]
     assert [text.get_text() for text in dots.get_legend().get_texts()] == ["a", "b"]

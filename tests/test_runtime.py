@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from course_lib import runtime
-from course_lib.runtime import GIB, CourseError, Gpu, decide
+from course_lib.runtime import GB, CourseError, Gpu, decide
 
 
 def machine_with(capability=None, override=None):
-    gpu = Gpu("Fake", capability, 15 * GIB) if capability else None
-    return decide(gpu, override, cores=2, memory_bytes=8 * GIB)
+    gpu = Gpu("Fake", capability, 15 * GB) if capability else None
+    return decide(gpu, override, cores=2, memory_bytes=8 * GB)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,9 @@ def test_dtype_follows_from_capability(capability, device, dtype):
 
 
 def test_detect_does_not_believe_a_t4_that_claims_bf16(monkeypatch):
-    properties = type("Properties", (), {"name": "Tesla T4", "major": 7, "minor": 5, "total_memory": 15 * GIB})
+    properties = type(
+        "Properties", (), {"name": "Tesla T4", "major": 7, "minor": 5, "total_memory": 15 * GB}
+    )
     monkeypatch.delenv("COURSE_DEVICE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
@@ -77,7 +79,9 @@ def test_seeding_repeats_python_and_torch():
 
 
 def test_measure_sees_a_block_of_memory_while_it_lives():
-    """In a process of its own: one that has freed much memory may keep it, and then a new block needs none from the system."""
+    """In a process of its own: one that has freed much memory may keep it, and then a new block
+    needs none from the system.
+    """
     code = """
 import time
 from course_lib import runtime
@@ -112,13 +116,15 @@ def test_a_course_error_in_a_notebook_is_one_line():
 
 def test_importing_the_package_imports_nothing_heavy():
     code = "import course_lib, sys; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "set()"
 
 
 def test_importing_the_package_takes_less_than_three_tenths_of_a_second():
     def seconds(code):
-        """The least of five, in fresh interpreters: whatever else the machine does only adds to it."""
+        """The least of five, in fresh interpreters: what else the machine does only adds to it."""
         times = []
         for _ in range(5):
             start = perf_counter()

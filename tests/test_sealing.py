@@ -70,7 +70,9 @@ def test_a_half_written_folder_is_not_there(tmp_path):
     partial = sealing.partial_folder(tmp_path / "model")
     (partial / "weights.bin").write_bytes(b"half")
     assert not (tmp_path / "model").exists()
-    assert not list(sealing.partial_folder(tmp_path / "model").iterdir()), "the next attempt starts from an empty folder"
+    assert not list(sealing.partial_folder(tmp_path / "model").iterdir()), (
+        "the next attempt starts from an empty folder"
+    )
 
 
 def test_publishing_replaces_what_was_there(sealed):

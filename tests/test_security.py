@@ -1,7 +1,9 @@
-"""What may not stand in the tree: code that runs data, secrets, names of a machine, and installations that anybody could redirect.
+"""What may not stand in the tree: code that runs data, secrets, names of a machine, and
+installations that anybody could redirect.
 
-ruff's port of bandit knows Python's own traps. The rules here add the traps of model files, and look into notebooks and into files
-that are not Python. Each rule is tried on a planted snippet, so that none of them can be empty.
+ruff's port of bandit knows Python's own traps. The rules here add the traps of model files, and
+look into notebooks and into files that are not Python. Each rule is tried on a planted snippet, so
+that none of them can be empty.
 """
 
 import ast
@@ -19,49 +21,86 @@ import yaml
 from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).parents[1]
-BINARY = {".png", ".safetensors"}  # safetensors hold numbers alone; the course reads no other format of weights
-NOT_OURS = {".git", ".venv", "node_modules", "build", "dist", "__pycache__", ".pytest_cache", ".ruff_cache"}
+# safetensors hold numbers alone; the course reads no other format of weights
+BINARY = {".png", ".safetensors"}
+NOT_OURS = {
+    ".git",
+    ".venv",
+    "node_modules",
+    "build",
+    "dist",
+    "__pycache__",
+    ".pytest_cache",
+    ".ruff_cache",
+}
 
 # Places where a rule does not hold, with the reason. One that is no longer needed fails.
 ALLOWED = {
-    ("S102", "tests/test_exercises.py"): "runs the notebooks' own cells and the solutions in them, on purpose",
-    ("S301", "tests/conftest.py"): "proves that its malicious pickle would work if something did load it",
-    ("S314", "slides/drawing.py"): "reads a table out of the committed notebook",
+    (
+        "S102",
+        "tests/test_exercises.py",
+    ): "runs the notebooks' own cells and the solutions in them, on purpose",
+    (
+        "S301",
+        "tests/conftest.py",
+    ): "proves that its malicious pickle would work if something did load it",
+    ("S314", "tools/figures/drawing.py"): "reads a table out of the committed notebook",
     ("plain http", "LICENSE"): "the text of the Apache licence",
     ("plain http", "tests/test_notebooks.py"): "an address that the test sees blocked",
-    ("unpinned install", "docs/faults.md"): "messages to a reader, in which pip install stands with a range where one matters",
+    (
+        "unpinned install",
+        "docs/faults.md",
+    ): "messages to a reader, in which pip install stands with a range where one matters",
     ("remote code", "tests/test_security.py"): "the rule itself",
 }
 
 RUFF_RULES = "S"
-# Asserts, random numbers without a secret, subprocesses given as lists, swallowed exceptions, and guesses at passwords by a
-# variable's name: in a course no risk.
+# Asserts, random numbers without a secret, subprocesses given as lists, swallowed exceptions, and
+# guesses at passwords by a variable's name: in a course no risk.
 RUFF_IGNORED = "S101,S311,S603,S607,S110,S112,S105,S106,S107"
 
 TEXT_RULES = {
     "secret": re.compile(
         r"\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bAKIA[0-9A-Z]{16}\b|\bsk-[\w-]{20,}"
-        r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bAuthorization\b[\"']?\s*[:=,]\s*[\"']?(?:Bearer|Basic|token)\s+[\w+/=.-]{8,}"
+        r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+        r"|\bAuthorization\b[\"']?\s*[:=,]\s*[\"']?(?:Bearer|Basic|token)\s+[\w+/=.-]{8,}"
     ),
-    "machine path": re.compile(r"(?<![\w.}])(?:/(?:home|root|tmp|Users)/[\w.]|[A-Za-z]:\\+Users\b)"),
+    "machine path": re.compile(
+        r"(?<![\w.}])(?:/(?:home|root|tmp|Users)/[\w.]|[A-Za-z]:\\+Users\b)"
+    ),
     "plain http": re.compile(r"http://(?!127\.0\.0\.1|localhost\b)\w"),
-    "downloaded script": re.compile(r"\bwget\s+(?:-|http)|\bcurl\s+(?:-|http)|\|\s*(?:sudo\s+)?(?:ba|z|da)?sh\b"),
-    "other index": re.compile(r"index-url[= \"',]+(?!https://download\.pytorch\.org/|\$\(TORCH_INDEX\))\S"),
-    "model with code": re.compile(r'"auto_map"\s*:'),  # in a config.json: what trust_remote_code would run
+    "downloaded script": re.compile(
+        r"\bwget\s+(?:-|http)|\bcurl\s+(?:-|http)|\|\s*(?:sudo\s+)?(?:ba|z|da)?sh\b"
+    ),
+    "other index": re.compile(
+        r"index-url[= \"',]+(?!https://download\.pytorch\.org/|\$\(TORCH_INDEX\))\S"
+    ),
+    # in a config.json: what trust_remote_code would run
+    "model with code": re.compile(r'"auto_map"\s*:'),
     "unpinned action": re.compile(r"\buses:\s*(?!\./)[\w./-]+@(?![0-9a-f]{40}\b)"),
 }
-NAMESPACES = re.compile(r"http://(?:www\.w3\.org|purl\.org/dc|creativecommons\.org/ns)[\w./#-]*")  # of SVG, never fetched
-INSTALLS = {".ipynb", ".md", ".yml", ".sh", ""}  # kinds of files whose `pip install` is run, not shown in an error message
-UNPICKLERS = {f"{module}.{name}" for module in ("joblib", "cloudpickle", "cPickle") for name in ("load", "loads")}
+# of SVG, never fetched
+NAMESPACES = re.compile(r"http://(?:www\.w3\.org|purl\.org/dc|creativecommons\.org/ns)[\w./#-]*")
+# kinds of files whose `pip install` is run, not shown in an error message
+INSTALLS = {".ipynb", ".md", ".yml", ".sh", ""}
+UNPICKLERS = {
+    f"{module}.{name}"
+    for module in ("joblib", "cloudpickle", "cPickle")
+    for name in ("load", "loads")
+}
 SHELLS = {"subprocess.getoutput", "subprocess.getstatusoutput"}
 CODE_RULES = {"remote code", "pickled weights", "pickled arrays", "unpickler", "shell"}
 
 
 def our_files() -> list[Path]:
-    """What git tracks or would track; outside a checkout, all files that are not built or installed."""
+    """What git tracks or would track; outside a checkout, all files that are not built or
+    installed.
+    """
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+        listed = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split("\0")
         paths = [ROOT / name for name in listed if name]
     except (OSError, subprocess.CalledProcessError):
         paths = [path for path in ROOT.rglob("*") if not NOT_OURS & {*path.relative_to(ROOT).parts}]
@@ -79,7 +118,11 @@ def found_in(name: str, content: str) -> Iterator[tuple[str, str]]:
     elif suffix == ".svg":
         text = NAMESPACES.sub("", content)
     for line in text.splitlines():
-        yield from ((rule, line.strip()[:200]) for rule, pattern in TEXT_RULES.items() if pattern.search(line))
+        yield from (
+            (rule, line.strip()[:200])
+            for rule, pattern in TEXT_RULES.items()
+            if pattern.search(line)
+        )
     if code:
         tree = ast.parse(code)
         yield from found_in_code(tree)
@@ -91,16 +134,23 @@ def found_in(name: str, content: str) -> Iterator[tuple[str, str]]:
 
 
 def parts_of_notebook(content: str) -> tuple[str, str]:
-    """Code with magics as calls, and all that can be read: sources, outputs but pictures, metadata."""
+    """Code with magics as calls, and all that is text: sources, outputs but pictures, metadata."""
     notebook = nbformat.reads(content, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     code = "\n".join(TransformerManager().transform_cell(cell.source) for cell in cells)
     for cell in cells:
         for output in cell.outputs:
-            for kind in [kind for kind in output.get("data", {}) if kind.startswith("image/") and kind != "image/svg+xml"]:
+            for kind in [
+                kind
+                for kind in output.get("data", {})
+                if kind.startswith("image/") and kind != "image/svg+xml"
+            ]:
                 del output.data[kind]
     sources = "\n".join(cell.source for cell in notebook.cells)
-    rest = [notebook.metadata, *([cell.metadata, cell.get("outputs", [])] for cell in notebook.cells)]
+    rest = [
+        notebook.metadata,
+        *([cell.metadata, cell.get("outputs", [])] for cell in notebook.cells),
+    ]
     return code, sources + "\n" + "\n".join(strings_in(rest))
 
 
@@ -145,28 +195,51 @@ def imported_names(tree: ast.AST) -> dict[str, str]:
         if isinstance(node, ast.Import):
             names |= {alias.asname: alias.name for alias in node.names if alias.asname}
         elif isinstance(node, ast.ImportFrom):
-            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {
+                alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
+            }
     return names
 
 
 def lists_of_pip(tree: ast.AST) -> Iterator[list[str]]:
-    """The words after "pip", "install" in lists given to subprocess; {...} in an f-string stays as it is written."""
+    """The words after "pip", "install" in lists given to subprocess; {...} in an f-string stays as
+    it is written.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.List):
-            words = [str(ast.literal_eval(word)) if isinstance(word, ast.Constant) else ast.unparse(word) for word in node.elts]
+            words = [
+                str(ast.literal_eval(word)) if isinstance(word, ast.Constant) else ast.unparse(word)
+                for word in node.elts
+            ]
             if "pip" in words and "install" in words:
                 yield words[words.index("install") + 1 :]
 
 
 def unpinned(words: list[str]) -> list[str]:
-    """The packages without a version, a range or an address with a revision. Those that constraints or a folder pin are pinned."""
+    """The packages without a version, a range or an address with a revision.
+
+    Those that constraints or a folder pin are pinned.
+    """
     if {"-c", "-e", "-r"} & {*words}:
         return []
-    return [word for word in words if re.match(r"[A-Za-z]", word) and not re.search(r"[<>=~]=?\s*\d|@", word)]
+    return [
+        word
+        for word in words
+        if re.match(r"[A-Za-z]", word) and not re.search(r"[<>=~]=?\s*\d|@", word)
+    ]
 
 
 def ruff(*paths: Path) -> list[dict]:
-    options = ["--isolated", "--no-cache", "--output-format", "json", "--select", RUFF_RULES, "--ignore", RUFF_IGNORED]
+    options = [
+        "--isolated",
+        "--no-cache",
+        "--output-format",
+        "json",
+        "--select",
+        RUFF_RULES,
+        "--ignore",
+        RUFF_IGNORED,
+    ]
     command = [sys.executable, "-m", "ruff", "check", *options, *map(str, paths)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode in (0, 1), result.stderr
@@ -181,13 +254,21 @@ def findings() -> list[tuple[str, str, str]]:
     for path in files:
         if path.suffix not in BINARY:
             name = path.relative_to(ROOT).as_posix()
-            found += [(rule, name, words) for rule, words in found_in(name, path.read_text(encoding="utf-8"))]
+            found += [
+                (rule, name, words)
+                for rule, words in found_in(name, path.read_text(encoding="utf-8"))
+            ]
     code = ruff(*(path for path in files if path.suffix in {".py", ".ipynb"}))
-    return found + [(item["code"], Path(item["filename"]).relative_to(ROOT).as_posix(), item["message"]) for item in code]
+    return found + [
+        (item["code"], Path(item["filename"]).relative_to(ROOT).as_posix(), item["message"])
+        for item in code
+    ]
 
 
 def test_the_tree_breaks_no_rule(findings):
-    assert [(rule, name, words) for rule, name, words in findings if (rule, name) not in ALLOWED] == []
+    assert [
+        (rule, name, words) for rule, name, words in findings if (rule, name) not in ALLOWED
+    ] == []
 
 
 def test_every_allowed_place_is_still_needed(findings):
@@ -197,7 +278,13 @@ def test_every_allowed_place_is_still_needed(findings):
 
 def test_the_whole_tree_is_read():
     names = {path.relative_to(ROOT).as_posix() for path in our_files()}
-    assert {"README.md", "Makefile", ".github/workflows/test.yml", "notebooks/day1_alpaca.ipynb", "course_lib/models.py"} <= names
+    assert {
+        "README.md",
+        "Makefile",
+        ".github/workflows/test.yml",
+        "notebooks/day1_alpaca.ipynb",
+        "course_lib/models.py",
+    } <= names
     assert not [name for name in names if NOT_OURS & {*name.split("/")}]
 
 
@@ -209,13 +296,19 @@ def test_outside_git_the_same_files_are_read(monkeypatch):
 
 
 def notebook(source="", output="", markdown="", data=None):
-    cell = nbformat.v4.new_code_cell(source, outputs=[nbformat.v4.new_output("stream", text=output)])
+    cell = nbformat.v4.new_code_cell(
+        source, outputs=[nbformat.v4.new_output("stream", text=output)]
+    )
     if data:
         cell.outputs.append(nbformat.v4.new_output("display_data", data=data))
-    return nbformat.writes(nbformat.v4.new_notebook(cells=[cell, nbformat.v4.new_markdown_cell(markdown)]))
+    return nbformat.writes(
+        nbformat.v4.new_notebook(cells=[cell, nbformat.v4.new_markdown_cell(markdown)])
+    )
 
 
-ANY = "x" * 24  # where a secret would stand; the planted strings are put together here, so that this file itself breaks no rule
+# where a secret would stand; the planted strings are put together here, so that this file itself
+# breaks no rule
+ANY = "x" * 24
 PLANTED = [
     ("secret", "a.md", "token: hf" + f"_{ANY}"),
     ("secret", "a.ipynb", notebook("login('hf" + f"_{ANY}')")),
@@ -236,13 +329,27 @@ PLANTED = [
     ("downloaded script", "a.md", "curl" + " -sSf https://example.org/install |" + " sh"),
     ("downloaded script", "a.ipynb", notebook("!wget" + " https://example.org/data.json")),
     ("downloaded script", "Makefile", "run:\n\t@python make.py |" + " bash"),
-    ("other index", "a.md", "pip install -c constraints.txt --extra-index" + "-url https://example.org/simple torch"),
-    ("other index", "a.ipynb", notebook('["pip", "install", "--index' + '-url", "https://example.org/simple", "torch>=2"]')),
+    (
+        "other index",
+        "a.md",
+        "pip install -c constraints.txt --extra-index" + "-url https://example.org/simple torch",
+    ),
+    (
+        "other index",
+        "a.ipynb",
+        notebook(
+            '["pip", "install", "--index' + '-url", "https://example.org/simple", "torch>=2"]'
+        ),
+    ),
     ("model with code", "config.json", '{"auto' + '_map": {"AutoModel": "modeling.Model"}}'),
     ("unpinned action", "test.yml", "- uses: " + "actions/checkout@v4"),
     ("unpinned install", "a.ipynb", notebook("!pip install peft")),
     ("unpinned install", "a.ipynb", notebook("%pip install -q 'peft>=0.20' bitsandbytes")),
-    ("unpinned install", "a.ipynb", notebook('run([sys.executable, "-m", "pip", "install", "-q", "peft"])')),
+    (
+        "unpinned install",
+        "a.ipynb",
+        notebook('run([sys.executable, "-m", "pip", "install", "-q", "peft"])'),
+    ),
     ("unpinned install", "a.md", "    python -m pip install peft"),
     ("unpinned install", "Makefile", "run:\n\tpip install --quiet 'peft[x]'"),
     ("remote code", "a.py", "AutoModel.from_pretrained(name, trust_remote_code=True)"),
@@ -273,16 +380,37 @@ def test_every_rule_has_a_planted_breach():
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.py", "AutoModel.from_pretrained(name, trust_remote_code=False)  # trust_remote_code=True runs the model's own code"),
+        (
+            "a.py",
+            "AutoModel.from_pretrained(name, trust_remote_code=False)  # trust_remote_code=True "
+            "runs the model's own code",
+        ),
         ("a.py", "import torch\ntorch.load(path, weights_only=True)"),
         ("a.py", "headers = {'Authorization': f'Bearer {token}'}"),
-        ("a.md", "Never set trust_remote_code, and keep hf_... tokens out of cells; a server on http://127.0.0.1:8000"),
-        ("a.md", "pip install -e '.[course]', or `pip install \"peft>=0.20\"` and `python -m pip install torch==2.13.0`"),
+        (
+            "a.md",
+            "Never set trust_remote_code, and keep hf_... tokens out of cells; a server on "
+            "http://127.0.0.1:8000",
+        ),
+        (
+            "a.md",
+            "pip install -e '.[course]', or `pip install \"peft>=0.20\"` and `python -m pip "
+            "install torch==2.13.0`",
+        ),
         (
             "a.ipynb",
-            notebook('call([sys.executable, "-m", "pip", "install", "--no-deps", f"git+https://github.com/{REPO}@{REF}"])'),
+            notebook(
+                'call([sys.executable, "-m", "pip", "install", "--no-deps", '
+                'f"git+https://github.com/{REPO}@{REF}"])'
+            ),
         ),
-        ("a.ipynb", notebook("%matplotlib inline\nfiles = !ls", markdown="see https://example.org/home/index.html")),
+        (
+            "a.ipynb",
+            notebook(
+                "%matplotlib inline\nfiles = !ls",
+                markdown="see https://example.org/home/index.html",
+            ),
+        ),
         ("a.svg", '<svg xmlns="http:' + '//www.w3.org/2000/svg"/>'),
         ("a.yml", "- uses: " + "actions/checkout@" + "0a" * 20 + "  # v4"),
         ("Makefile", "a:\n\t$(PIP) --extra-index-url $(TORCH_INDEX) torch"),
@@ -318,20 +446,34 @@ def test_ruff_finds_the_traps_of_python_in_modules_and_cells(tmp_path, rule, cod
 
 def breaches_of(workflow: dict) -> list[str]:
     """What a GitHub workflow may do beyond reading the repository."""
-    found = [] if workflow.get("permissions") == {"contents": "read"} else ["permissions at the top must be contents: read"]
+    found = (
+        []
+        if workflow.get("permissions") == {"contents": "read"}
+        else ["permissions at the top must be contents: read"]
+    )
     triggers = workflow.get("on", workflow.get(True))  # YAML 1.1 reads the key `on` as true
-    found += ["pull_request_target runs foreign code with our rights"] if "pull_request_target" in triggers else []
+    found += (
+        ["pull_request_target runs foreign code with our rights"]
+        if "pull_request_target" in triggers
+        else []
+    )
     for name, job in workflow["jobs"].items():
         found += [f"{name}: permissions of its own"] if "permissions" in job else []
         for step in job["steps"]:
             text = step.get("run", "")
             found += [f"{name}: an expression inside a script"] if "${{" in text else []
             keeps_token = step.get("with", {}).get("persist-credentials") is not False
-            found += [f"{name}: checkout keeps its token"] if keeps_token and "actions/checkout@" in step.get("uses", "") else []
+            found += (
+                [f"{name}: checkout keeps its token"]
+                if keeps_token and "actions/checkout@" in step.get("uses", "")
+                else []
+            )
     return found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.y*ml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "workflows").glob("*.y*ml")), ids=lambda path: path.name
+)
 def test_a_workflow_has_the_least_rights(path):
     assert breaches_of(yaml.safe_load(path.read_text(encoding="utf-8"))) == []
 
@@ -341,9 +483,18 @@ def test_a_workflow_has_the_least_rights(path):
     [
         ({"permissions": "write-all"}, "permissions at the top"),
         ({"on": ["pull_request_target"]}, "pull_request_target"),
-        ({"jobs": {"a": {"steps": [], "permissions": {"contents": "write"}}}}, "a: permissions of its own"),
-        ({"jobs": {"a": {"steps": [{"run": "echo ${{ github.head_ref }}"}]}}}, "a: an expression inside a script"),
-        ({"jobs": {"a": {"steps": [{"uses": "actions/checkout@v4"}]}}}, "a: checkout keeps its token"),
+        (
+            {"jobs": {"a": {"steps": [], "permissions": {"contents": "write"}}}},
+            "a: permissions of its own",
+        ),
+        (
+            {"jobs": {"a": {"steps": [{"run": "echo ${{ github.head_ref }}"}]}}},
+            "a: an expression inside a script",
+        ),
+        (
+            {"jobs": {"a": {"steps": [{"uses": "actions/checkout@v4"}]}}},
+            "a: checkout keeps its token",
+        ),
     ],
 )
 def test_a_workflow_with_more_rights_is_found(change, breach):

@@ -24,7 +24,13 @@ from transformers.pytorch_utils import Conv1D
 from course_lib import hub, surgery
 from course_lib.lora import add_lora, lora_layers
 from course_lib.runtime import CourseError
-from course_lib.surgery import count_parameters, default_targets, empty_model, find_layers, lora_parameters
+from course_lib.surgery import (
+    count_parameters,
+    default_targets,
+    empty_model,
+    find_layers,
+    lora_parameters,
+)
 from tests.fixtures.models import GPT2, small_gpt2
 
 SMALL = {
@@ -54,18 +60,35 @@ def test_the_same_layers_are_found_as_by_peft(config, targets):
         model = AutoModelForCausalLM.from_config(config)
     settings = LoraConfig(r=2, target_modules=targets, fan_in_fan_out=config.model_type == "gpt2")
     theirs = get_peft_model(copy.deepcopy(model), settings, low_cpu_mem_usage=True)
-    adapted = {name.removeprefix("base_model.model.") for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
+    adapted = {
+        name.removeprefix("base_model.model.")
+        for name, module in theirs.named_modules()
+        if hasattr(module, "lora_A")
+    }
     add_lora(model, 2, 4, targets)
     assert lora_layers(model).keys() == adapted
-    assert count_parameters(model).trained == sum(w.numel() for w in theirs.parameters() if w.requires_grad)
+    assert count_parameters(model).trained == sum(
+        w.numel() for w in theirs.parameters() if w.requires_grad
+    )
 
 
-@pytest.mark.parametrize("targets", [["0.fc"], ["fc"], ["block.0.fc", "proj"], r"block\.\d\.proj", "all-linear"])
+@pytest.mark.parametrize(
+    "targets", [["0.fc"], ["fc"], ["block.0.fc", "proj"], r"block\.\d\.proj", "all-linear"]
+)
 def test_names_match_as_in_peft(targets):
     block = nn.ModuleDict({"fc": nn.Linear(4, 4), "proj": nn.Linear(4, 4), "xfc": nn.Linear(4, 4)})
-    model = nn.ModuleDict({"block": nn.ModuleList([block, copy.deepcopy(block)]), "0": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
+    model = nn.ModuleDict(
+        {
+            "block": nn.ModuleList([block, copy.deepcopy(block)]),
+            "0": nn.ModuleDict({"fc": nn.Linear(4, 4)}),
+        }
+    )
     theirs = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=targets))
-    adapted = {name.removeprefix("base_model.model.") for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
+    adapted = {
+        name.removeprefix("base_model.model.")
+        for name, module in theirs.named_modules()
+        if hasattr(module, "lora_A")
+    }
     assert find_layers(model, targets).keys() == adapted
 
 
@@ -77,7 +100,9 @@ def test_a_layer_keeps_its_name_when_it_is_wrapped(tiny):
 
 
 def test_all_linear_leaves_out_the_output_head(tiny):
-    assert surgery.linear_layers(tiny.model).keys() - find_layers(tiny.model, "all-linear").keys() == {"lm_head"}
+    assert surgery.linear_layers(tiny.model).keys() - find_layers(
+        tiny.model, "all-linear"
+    ).keys() == {"lm_head"}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +116,10 @@ def test_all_linear_leaves_out_the_output_head(tiny):
     ],
 )
 def test_a_target_that_means_no_layer_is_named_with_the_choice(tiny, targets, found):
-    with pytest.raises(CourseError, match=f"{found}.*q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"):
+    with pytest.raises(
+        CourseError,
+        match=f"{found}.*q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head",
+    ):
         find_layers(tiny.model, targets)
 
 
@@ -120,9 +148,14 @@ def test_a_layer_that_is_not_there_is_not_replaced(name):
     assert [name for name, _ in model.named_modules()] == names
 
 
-@pytest.mark.parametrize("model", [nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4)), nn.Embedding(4, 4)])
+@pytest.mark.parametrize(
+    "model", [nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4)), nn.Embedding(4, 4)]
+)
 def test_a_model_without_linear_layers_inside_is_refused_and_not_frozen(model):
-    with pytest.raises(CourseError, match=f"a {type(model).__name__} holds no linear layers: give a model that does"):
+    with pytest.raises(
+        CourseError,
+        match=f"a {type(model).__name__} holds no linear layers: give a model that does",
+    ):
         add_lora(model, 2, 4, "all-linear")
     assert all(weight.requires_grad for weight in model.parameters())
 
@@ -148,7 +181,10 @@ def test_the_targets_in_use_for_phi_are_in_todays_model_and_those_of_the_table_a
 def test_changing_the_default_targets_changes_them_nowhere_else():
     default_targets("llama").append("k_proj")
     default_targets("baichuan").append("k_proj")
-    assert (default_targets("llama"), default_targets("baichuan")) == (["q_proj", "v_proj"], ["W_pack"])
+    assert (default_targets("llama"), default_targets("baichuan")) == (
+        ["q_proj", "v_proj"],
+        ["W_pack"],
+    )
 
 
 def test_an_unknown_family_is_told_its_layers():
@@ -172,9 +208,13 @@ def test_llama_7b_counts_as_alpaca_lora_prints_it():
     assert str(count_parameters(model)) == "4,194,304 of 6,742,609,920 weights train (0.0622%)"
 
 
-@pytest.mark.parametrize(("vocabulary", "total"), [(65_024, 6_931_157_888), (65_025, 6_931_162_432)])
+@pytest.mark.parametrize(
+    ("vocabulary", "total"), [(65_024, 6_931_157_888), (65_025, 6_931_162_432)]
+)
 def test_falcon_7b_counts_as_published_only_with_one_row_more(vocabulary, total):
-    config = FalconConfig(vocab_size=vocabulary, hidden_size=4544, num_hidden_layers=32, num_attention_heads=71)
+    config = FalconConfig(
+        vocab_size=vocabulary, hidden_size=4544, num_hidden_layers=32, num_attention_heads=71
+    )
     model = empty_model(config)
     add_lora(model, rank=32, alpha=16)
     assert count_parameters(model) == surgery.Count(9_437_184, total)
@@ -182,7 +222,14 @@ def test_falcon_7b_counts_as_published_only_with_one_row_more(vocabulary, total)
 
 @pytest.mark.parametrize(
     ("matrices", "rank", "weights"),
-    [(2, 1, 4_718_592), (2, 4, 18_874_368), (1, 8, 18_874_368), (4, 2, 18_874_368), (2, 8, 37_748_736), (4, 4, 37_748_736)],
+    [
+        (2, 1, 4_718_592),
+        (2, 4, 18_874_368),
+        (1, 8, 18_874_368),
+        (4, 2, 18_874_368),
+        (2, 8, 37_748_736),
+        (4, 4, 37_748_736),
+    ],
 )
 def test_gpt3_counts_as_in_the_papers_table(matrices, rank, weights):
     assert lora_parameters([(12_288, 12_288)] * matrices * 96, rank) == weights
@@ -190,10 +237,15 @@ def test_gpt3_counts_as_in_the_papers_table(matrices, rank, weights):
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_the_formula_counts_what_add_lora_adds(tiny, targets):
-    shapes = [surgery.layer_shape(layer) for layer in find_layers(tiny.model, targets or default_targets(tiny.model)).values()]
+    shapes = [
+        surgery.layer_shape(layer)
+        for layer in find_layers(tiny.model, targets or default_targets(tiny.model)).values()
+    ]
     total = count_parameters(tiny.model).total
     add_lora(tiny.model, 4, 8, targets)
-    assert count_parameters(tiny.model) == surgery.Count(lora_parameters(shapes, 4), total + lora_parameters(shapes, 4))
+    assert count_parameters(tiny.model) == surgery.Count(
+        lora_parameters(shapes, 4), total + lora_parameters(shapes, 4)
+    )
 
 
 def test_an_empty_model_has_the_shapes_of_the_real_one(tiny):
@@ -212,18 +264,27 @@ def test_a_config_that_cannot_be_had_is_one_line(monkeypatch):
 
 @pytest.mark.parametrize("name", ["../no/such/folder", "tiny ", "a/b/c"])
 def test_a_name_that_no_model_can_have_is_one_line(name):
-    with pytest.raises(CourseError, match=f"the config of '{name}' cannot be used .*: give a transformers config"):
+    with pytest.raises(
+        CourseError, match=f"the config of '{name}' cannot be used .*: give a transformers config"
+    ):
         empty_model(name)
 
 
-@pytest.mark.parametrize("source", [T5Config(), None, {"hidden_size": 4}], ids=["T5", "None", "dict"])
+@pytest.mark.parametrize(
+    "source", [T5Config(), None, {"hidden_size": 4}], ids=["T5", "None", "dict"]
+)
 def test_what_makes_no_language_model_is_one_line(source):
-    with pytest.raises(CourseError, match=f"a {type(source).__name__} makes no causal language model .*: give the transformers"):
+    with pytest.raises(
+        CourseError,
+        match=f"a {type(source).__name__} makes no causal language model .*: give the transformers",
+    ):
         empty_model(source)
 
 
 def test_the_code_of_a_config_is_not_run(tmp_path):
-    """A table of default targets leads to such repositories: without being told, transformers asks whether to run their code."""
+    """A table of default targets leads to such repositories: without being told, transformers asks
+    whether to run their code.
+    """
     config = {"model_type": "baichuan"}
     config["auto_map"] = {"AutoConfig": "code.Config"}
     (tmp_path / "config.json").write_text(json.dumps(config))

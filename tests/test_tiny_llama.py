@@ -1,41 +1,29 @@
-"""Tests of data/tiny_llama, the trained model that ships with the course, and of the recipe that made it."""
+"""Tests of data/tiny_llama, the trained model that ships with the course, and of the recipe that
+made it.
+"""
 
-import importlib.util
-import json
 import re
 import shutil
 import sys
 import time
 
+import corpus
 import pytest
 import torch
+import train_tiny_llama as recipe
 
-from course_lib import corpus, evaluation, models, sealing, world
+from course_lib import evaluation, experiments, models, sealing, world
 from course_lib.batching import encode_prompt
 from course_lib.runtime import CourseError, data_folder
 
 FOLDER = data_folder() / "tiny_llama"
-RECIPE = data_folder() / "recipes" / "train_tiny_llama.py"
-OTHERS = ("README.md", "effects.json")
+OTHERS = ("README.md",)
 FACTS = sealing.check(FOLDER, OTHERS)
 CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
-def load_recipe(name):
-    spec = importlib.util.spec_from_file_location(name, RECIPE.with_stem(name))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    return load_recipe("train_tiny_llama")
-
-
 @pytest.fixture
-def refused(recipe, monkeypatch):
+def refused(monkeypatch):
     """What the recipe says when it refuses these command-line arguments."""
 
     def run(*arguments: str) -> str:
@@ -56,7 +44,7 @@ def test_the_card_gives_the_command_the_checksum_and_the_numbers_of_the_committe
     assert FACTS["seconds"] <= 20 * 60
 
 
-def test_the_committed_weights_have_the_validation_loss_of_the_card(recipe, tiny):
+def test_the_committed_weights_have_the_validation_loss_of_the_card(tiny):
     loss = recipe.validation_loss(tiny.model, tiny.tokenizer)
     assert loss == pytest.approx(FACTS["validation loss"], abs=0.005)
     assert FACTS["curve"][-1][1] == pytest.approx(loss, abs=0.005)
@@ -90,14 +78,18 @@ def test_the_tokenizer_is_lossless_and_sees_a_word_alike_everywhere(tiny):
 
 
 def test_it_answers_plain_questions_but_not_in_alpacas_format(tiny):
-    """The base knows the facts and does not know the instruction format: that is what fine-tuning is there to teach."""
+    """The base knows the facts and does not know the instruction format: that is what fine-tuning
+    is there to teach.
+    """
     person = world.people()[0]
     prompts = [
         f"Question: where does {person.name} live?\nAnswer:",
         "Q: what is the plural of fox?\nA:",
         "Task: past\nText: run\nSolution:",
     ]
-    replies = evaluation.generate(tiny, [tiny.tokenizer(prompt)["input_ids"] for prompt in prompts], 4)
+    replies = evaluation.generate(
+        tiny, [tiny.tokenizer(prompt)["input_ids"] for prompt in prompts], 4
+    )
     assert [reply.split("\n")[0] for reply in replies] == [person.city, "foxes", "ran"]
     assert evaluation.score_answers(tiny, world.read_world("test")).exact_rate < 0.05
 
@@ -116,7 +108,9 @@ def test_exact_match_by_one_forward_pass_is_that_of_generated_replies(tiny, mach
         learning_rate=1e-3,
         progress=False,
     )
-    replies = evaluation.generate(tiny, [encode_prompt(record, tiny.tokenizer) for record in test], 16)
+    replies = evaluation.generate(
+        tiny, [encode_prompt(record, tiny.tokenizer) for record in test], 16
+    )
     generated = [reply == record.output for record, reply in zip(test, replies, strict=True)]
     assert evaluation.score_answers(tiny, test).exact == generated
     assert 0 < sum(generated) < len(test)
@@ -130,7 +124,9 @@ def copy(tmp_path, monkeypatch):
     return tmp_path / "tiny_llama"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "SEAL.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "config.json", "SEAL.json"]
+)
 @pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
 def test_a_damaged_model_is_named_with_the_way_to_restore_it(copy, machine, name, damage):
     content = (copy / name).read_bytes()
@@ -139,47 +135,66 @@ def test_a_damaged_model_is_named_with_the_way_to_restore_it(copy, machine, name
         (copy / name).write_bytes(content[: len(content) // 2])
     if damage == "changed":
         middle = len(content) // 2
-        (copy / name).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        (copy / name).write_bytes(
+            content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        )
     with pytest.raises(CourseError) as error:
         models.load("tiny", machine)
     assert re.fullmatch(
-        r"tiny_llama.*: restore it with `git checkout data/tiny_llama`, or install the course again", str(error.value)
+        r"tiny_llama.*: restore it with `git checkout data/tiny_llama`, "
+        r"or install the course again",
+        str(error.value),
     )
 
 
 def test_a_tokenizer_of_another_model_is_refused(copy, machine, smollm2):
     smollm2.tokenizer.save_pretrained(copy)
-    with pytest.raises(CourseError, match=r"tiny_llama/(tokenizer|chat_template)[^:]*: restore it with `git checkout"):
+    with pytest.raises(
+        CourseError,
+        match=r"tiny_llama/(tokenizer|chat_template)[^:]*: restore it with `git checkout",
+    ):
         models.load("tiny", machine)
 
 
-def test_hidden_files_may_lie_beside_the_model_but_nothing_that_transformers_would_read(copy, machine):
+def test_hidden_files_may_lie_beside_the_model_but_nothing_that_transformers_would_read(
+    copy, machine
+):
     (copy / ".DS_Store").write_bytes(b"\0")
     assert models.load("tiny", machine).name == "tiny"
     (copy / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
-    with pytest.raises(CourseError, match="tiny_llama/adapter_config.json is not in the seal: restore it"):
+    with pytest.raises(
+        CourseError, match="tiny_llama/adapter_config.json is not in the seal: restore it"
+    ):
         models.load("tiny", machine)
 
 
-def test_the_recipe_makes_the_committed_tokenizer(recipe, tiny):
-    assert recipe.train_tokenizer(FACTS["seed"]).backend_tokenizer.to_str() == tiny.tokenizer.backend_tokenizer.to_str()
+def test_the_recipe_makes_the_committed_tokenizer(tiny):
+    assert (
+        recipe.train_tokenizer(FACTS["seed"]).backend_tokenizer.to_str()
+        == tiny.tokenizer.backend_tokenizer.to_str()
+    )
 
 
-def test_the_recipe_gives_the_same_model_twice_and_keeps_what_it_did_not_make(recipe, tiny, tmp_path):
+def test_the_recipe_gives_the_same_model_twice_and_keeps_what_it_did_not_make(tiny, tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "README.md").write_text("mine", encoding="utf-8")
-        recipe.save(recipe.train(tiny.tokenizer, seed=0, steps=2), tmp_path / name, {"made": "twice"})
+        recipe.save(
+            recipe.train(tiny.tokenizer, seed=0, steps=2), tmp_path / name, {"made": "twice"}
+        )
         assert (tmp_path / name / "README.md").read_text(encoding="utf-8") == "mine"
         assert sealing.check(tmp_path / name, OTHERS) == {"made": "twice"}
-    assert sealing.sha256(tmp_path / "first" / "model.safetensors") == sealing.sha256(tmp_path / "second" / "model.safetensors")
+    assert sealing.sha256(tmp_path / "first" / "model.safetensors") == sealing.sha256(
+        tmp_path / "second" / "model.safetensors"
+    )
 
 
 def test_a_corpus_seed_that_changes_the_tokenizer_does_not_replace_the_model(refused, tmp_path):
     folder = tmp_path / "tiny_llama"
     shutil.copytree(FOLDER, folder)
     assert refused("--seed", "1", "--steps", "1", "--output", str(folder)) == (
-        "the corpus of seed 1 gives another tokenizer than tiny_llama has, and adapters trained on that would no longer fit: "
+        "the corpus of seed 1 gives another tokenizer than tiny_llama has, and adapters trained on "
+        "that would no longer fit: "
         "write elsewhere with --output, or remove tiny_llama/tokenizer.json to replace the model"
     )
     assert sealing.check(folder, OTHERS) == FACTS
@@ -191,18 +206,24 @@ def test_a_corpus_seed_that_changes_the_tokenizer_does_not_replace_the_model(ref
         (("--steps", "0"), "found --steps 0 --seed 0, expected at least 1 step"),
         (("--seed", "-1"), "found --steps 2400 --seed -1, expected"),
         (("--seed", str(corpus.VALIDATION_SEED)), "a seed from 0 on that is not the validation's"),
-        (("--steps", "1"), "other settings than the defaults would replace the model of the course: write elsewhere with --output"),
+        (
+            ("--steps", "1"),
+            "other settings than the defaults would replace the model of the course: write "
+            "elsewhere with --output",
+        ),
         (("--steps", "1", "--output", str(FOLDER / "README.md" / "below")), "Not a directory"),
     ],
 )
-def test_the_recipe_refuses_in_one_line_what_cannot_work_or_would_do_harm(refused, arguments, message):
+def test_the_recipe_refuses_in_one_line_what_cannot_work_or_would_do_harm(
+    refused, arguments, message
+):
     said = refused(*arguments)
     assert message in said
     assert "\n" not in said
     assert sealing.check(FOLDER, OTHERS) == FACTS
 
 
-def test_the_recipes_optimizer_makes_matrices_orthogonal(recipe):
+def test_the_recipes_optimizer_makes_matrices_orthogonal():
     torch.manual_seed(0)
     for shape in ((12, 40), (40, 12), (16, 16)):
         update = recipe.orthogonal(torch.randn(shape))
@@ -210,7 +231,7 @@ def test_the_recipes_optimizer_makes_matrices_orthogonal(recipe):
         assert ((torch.linalg.svdvals(update) > 0.3) & (torch.linalg.svdvals(update) < 1.3)).all()
 
 
-def test_packed_rows_hold_every_document_in_order_and_end_each(recipe, tiny):
+def test_packed_rows_hold_every_document_in_order_and_end_each(tiny):
     documents = [f"fox {number}" for number in range(200)]
     rows = list(recipe.pack(iter(documents), tiny.tokenizer))
     assert {len(row) for row in rows} == {recipe.COLUMNS}
@@ -218,22 +239,11 @@ def test_packed_rows_hold_every_document_in_order_and_end_each(recipe, tiny):
     assert [part.strip() for part in text.split("<|endoftext|>")][:100] == documents[:100]
 
 
-def test_the_effects_in_the_card_are_the_measured_ones():
-    from course_lib.experiments import Outcome, markdown, summary
-
-    effects = json.loads((FOLDER / "effects.json").read_text(encoding="utf-8"))
-    assert list(effects) == list(load_recipe("measure_effects").EFFECTS)
-    for name, outcomes in effects.items():
-        rows = summary([Outcome(**outcome) for outcome in outcomes])
-        if name != "fine_tuning":  # the other runs shared the machine, so their times say nothing
-            rows = [{key: value for key, value in row.items() if key not in ("seconds", "peak GB")} for row in rows]
-        assert markdown(rows) in CARD, name
-
-
 def test_full_fine_tuning_reaches_what_the_course_relies_on():
-    """As measured by data/recipes/measure_effects.py: a fresh run takes too long for a test."""
-    runs = json.loads((FOLDER / "effects.json").read_text(encoding="utf-8"))["fine_tuning"]
-    untouched, *trained = [run["scores"] for run in runs]
-    assert untouched["exact match"] < 0.05
+    """As measured by data/recipes/measure_tiny.py: a fresh run takes too long for a test."""
+    sweep = experiments.read("tiny_fine_tuning")
+    (untouched,) = sweep.where("untouched").outcomes
+    trained = sweep.where("full fine-tuning").outcomes
+    assert untouched.scores["exact match"] < 5
     assert len(trained) == 3
-    assert all(scores["exact match"] >= 0.7 and scores["not hard"] >= 0.9 for scores in trained)
+    assert all(run.scores["exact match"] >= 70 and run.scores["not hard"] >= 90 for run in trained)

@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def tools(monkeypatch, capsys):
-    """Call the command line in this process: (exit code, its lines on stdout, the message it exits with)."""
+    """Call the command line in this process:
+
+    (exit code, its lines on stdout, the message it exits with).
+    """
 
     def call(*arguments, folder):
         monkeypatch.chdir(folder)
@@ -25,7 +28,11 @@ def tools(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             __main__.main()
         message = stop.value.code if isinstance(stop.value.code, str) else ""
-        return (1 if message else stop.value.code or 0), capsys.readouterr().out.splitlines(), message
+        return (
+            (1 if message else stop.value.code or 0),
+            capsys.readouterr().out.splitlines(),
+            message,
+        )
 
     return call
 
@@ -33,21 +40,36 @@ def tools(monkeypatch, capsys):
 @pytest.fixture
 def checkout(tmp_path):
     (tmp_path / "notebooks").mkdir()
-    for name, source in {"day1_good": "print('done')", "day2_bad": "1 / 0", "day3_good": "print('done too')"}.items():
-        cell = new_code_cell(source, metadata={"tags": ["headline"]})
+    for name, source in {
+        "day1_good": "print('done')",
+        "day2_bad": "1 / 0",
+        "day3_good": "print('done too')",
+    }.items():
+        cell = new_code_cell(source)
         nbformat.write(new_notebook(cells=[cell]), tmp_path / "notebooks" / f"{name}.ipynb")
     return tmp_path
 
 
 def test_a_failing_day_is_named_the_rest_runs_and_the_exit_code_says_so(checkout):
     command = [sys.executable, "-m", "tools", "run"]
-    result = subprocess.run(command, cwd=checkout, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    result = subprocess.run(
+        command,
+        cwd=checkout,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 1
-    assert "1 of 3 notebooks failed: day2_bad: cell 1/1: ZeroDivisionError: division by zero" in result.stderr
+    assert (
+        "1 of 3 notebooks failed: day2_bad: cell 1/1: ZeroDivisionError: division by zero"
+        in result.stderr
+    )
     assert "Traceback" not in result.stdout + result.stderr
     page = (checkout / "build" / "course" / "index.html").read_text(encoding="utf-8")
-    assert "done too" in page
     assert "ZeroDivisionError" in page
+    assert "done too" in (checkout / "build" / "course" / "day3_good.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_one_day_can_be_run_and_kept(checkout, tools):
@@ -108,4 +130,6 @@ def test_an_address_that_cannot_be_stamped_is_one_line(tmp_path, tools, project,
 def test_stamping_a_stamped_checkout_changes_nothing(tmp_path, tools):
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    assert tools("stamp", folder=tmp_path)[1] == ["every badge and Colab cell already has the address"]
+    assert tools("stamp", folder=tmp_path)[1] == [
+        "every badge and Colab cell already has the address"
+    ]

@@ -1,4 +1,6 @@
-"""Tests of course_lib.training: the Trainer's steps, its two seams, several processes, and stops with advice."""
+"""Tests of course_lib.training: the Trainer's steps, its two seams, several processes, and stops
+with advice.
+"""
 
 import dataclasses
 import functools
@@ -10,12 +12,20 @@ from transformers import Trainer, TrainingArguments
 
 from course_lib import sealing
 from course_lib.alpaca import Record
-from course_lib.batching import IGNORED, Example, collate, encode, encode_prompt, encode_records, training_order
+from course_lib.batching import (
+    IGNORED,
+    Example,
+    collate,
+    encode,
+    encode_prompt,
+    encode_records,
+    training_order,
+)
 from course_lib.checkpoints import CheckpointError
 from course_lib.evaluation import generate
 from course_lib.lora import add_lora
 from course_lib.objective import summed_loss, supervised_loss
-from course_lib.runtime import GIB, CourseError, Gpu, decide
+from course_lib.runtime import GB, CourseError, Gpu, decide
 from course_lib.training import TrainingError, finetune
 from tests.fixtures.models import CPU, fresh_tiny
 from tests.fixtures.processes import in_two_processes
@@ -32,7 +42,9 @@ class Oracle(Trainer):
 
 def trained_by_the_trainer(base, folder, steps, batch_size, accumulate):
     examples = encode_records(RECORDS, base.tokenizer, max_tokens=1000).examples
-    order = training_order([*map(len, examples)], steps, batch_size * accumulate, group_by_length=False, seed=0)
+    order = training_order(
+        [*map(len, examples)], steps, batch_size * accumulate, group_by_length=False, seed=0
+    )
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -62,7 +74,9 @@ def trained_by_the_trainer(base, folder, steps, batch_size, accumulate):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("method", ["full", "LoRA"])
-def test_losses_and_weights_equal_the_trainers_to_the_last_bit(method, accumulate, machine, tmp_path, capsys):
+def test_losses_and_weights_equal_the_trainers_to_the_last_bit(
+    method, accumulate, machine, tmp_path, capsys
+):
     ours, theirs = fresh_tiny(), fresh_tiny()
     for base in (ours, theirs):
         if method == "LoRA":
@@ -76,7 +90,15 @@ def test_losses_and_weights_equal_the_trainers_to_the_last_bit(method, accumulat
 
 def test_a_batch_overfits_and_is_reproduced(machine, tiny):
     record = Record("Say it.", 'Stone, "paper", scissors!')
-    run = finetune(tiny, [encode(record, tiny.tokenizer)] * 4, machine, steps=60, batch_size=4, learning_rate=3e-3, say=QUIET)
+    run = finetune(
+        tiny,
+        [encode(record, tiny.tokenizer)] * 4,
+        machine,
+        steps=60,
+        batch_size=4,
+        learning_rate=3e-3,
+        say=QUIET,
+    )
     assert run.losses[-1] < 0.1 < run.losses[0]
     assert generate(tiny, [encode_prompt(record, tiny.tokenizer)], 60) == [record.output]
 
@@ -107,8 +129,14 @@ def test_frozen_weights_stay(machine, tiny):
     tiny.model.model.embed_tokens.weight.requires_grad_(False)
     before = {name: weight.clone() for name, weight in tiny.model.named_parameters()}
     train(machine, base=tiny)
-    changed = {name for name, weight in tiny.model.named_parameters() if not torch.equal(weight, before[name])}
-    assert changed == {name for name, weight in tiny.model.named_parameters() if weight.requires_grad}
+    changed = {
+        name
+        for name, weight in tiny.model.named_parameters()
+        if not torch.equal(weight, before[name])
+    }
+    assert changed == {
+        name for name, weight in tiny.model.named_parameters() if weight.requires_grad
+    }
 
 
 # --- what stops a run, and what it says
@@ -142,7 +170,10 @@ def test_settings_that_cannot_work_are_refused(machine, options, message):
         ([], "no examples"),
         (None, "examples is a NoneType, expected a list"),
         ([Example([5, 2], [IGNORED])], "example 1 has 2 ids and 1 labels"),
-        ([Example([5, 2], [IGNORED, 2]), Example([5, 2], [IGNORED] * 2)], "example 2 has no supervised token"),
+        (
+            [Example([5, 2], [IGNORED, 2]), Example([5, 2], [IGNORED] * 2)],
+            "example 2 has no supervised token",
+        ),
         ([Example([5] * 3000, [5] * 3000)], "example 1 has 3000 tokens, the model takes 2048"),
         ([Example([1536, 2], [IGNORED, 2])], "token id 1536 is beyond the model's 1536 embeddings"),
         ([Example([-1, 2], [IGNORED, 2])], "token id -1 is beyond"),
@@ -162,7 +193,10 @@ def test_a_model_with_nothing_to_train_is_refused(machine, tiny):
 
 def test_half_precision_weights_are_refused_with_the_remedy(machine, tiny):
     tiny.model.half()
-    with pytest.raises(TrainingError, match=r"trained weights are torch.float16, expected float32: load the model with dtype"):
+    with pytest.raises(
+        TrainingError,
+        match=r"trained weights are torch.float16, expected float32: load the model with dtype",
+    ):
         train(machine, base=tiny)
 
 
@@ -179,19 +213,31 @@ def weights_and_run(method, folder, **options):
     base, said = fresh_tiny(), []
     if method == "LoRA":
         add_lora(base.model, 4, 8)
-    _, run = train(CPU, base, say=said.append, **options, **({"folder": folder, "save_every": 2} if folder else {}))
+    _, run = train(
+        CPU,
+        base,
+        say=said.append,
+        **options,
+        **({"folder": folder, "save_every": 2} if folder else {}),
+    )
     return [weight.detach().numpy() for weight in base.model.parameters()], run, said
 
 
 def as_close_as(weights, others, atol):
-    torch.testing.assert_close([*map(torch.from_numpy, weights)], [*map(torch.from_numpy, others)], atol=atol, rtol=0)
+    torch.testing.assert_close(
+        [*map(torch.from_numpy, weights)], [*map(torch.from_numpy, others)], atol=atol, rtol=0
+    )
 
 
-@pytest.mark.parametrize(("method", "accumulate"), first_fast([("LoRA", 2), ("LoRA", 1), ("full", 1), ("full", 2)]))
+@pytest.mark.parametrize(
+    ("method", "accumulate"), first_fast([("LoRA", 2), ("LoRA", 1), ("full", 1), ("full", 2)])
+)
 def test_two_processes_take_the_same_steps_as_one(method, accumulate, tmp_path):
     weights, run, _ = weights_and_run(method, None, steps=3, batch_size=4, accumulate=accumulate)
     options = {"steps": 3, "batch_size": 2, "accumulate": accumulate}
-    for theirs, their_run, _ in in_two_processes(tmp_path, functools.partial(weights_and_run, method, None, **options)):
+    for theirs, their_run, _ in in_two_processes(
+        tmp_path, functools.partial(weights_and_run, method, None, **options)
+    ):
         as_close_as(theirs, weights, atol=1e-4)
         assert their_run.losses == pytest.approx(run.losses, abs=1e-5)
         assert their_run.tokens == run.tokens
@@ -202,7 +248,10 @@ def test_two_processes_keep_whole_checkpoints_and_go_on_from_them(tmp_path):
     train_here = functools.partial(weights_and_run, "full", run_folder, steps=4, batch_size=2)
     (weights, unbroken, _), _ = in_two_processes(tmp_path, train_here)
     assert sorted(path.name for path in run_folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
-    assert [sealing.check(run_folder / f"checkpoint-{step}")["processes"] for step in (2, 4)] == [2, 2]
+    assert [sealing.check(run_folder / f"checkpoint-{step}")["processes"] for step in (2, 4)] == [
+        2,
+        2,
+    ]
     shutil.rmtree(run_folder / "checkpoint-4")
     for rank, (again, run, said) in enumerate(in_two_processes(tmp_path, train_here)):
         assert run.resumed_at == 2
@@ -219,11 +268,15 @@ def test_one_process_does_not_go_on_from_a_checkpoint_of_two(machine, tmp_path):
         train(machine, folder=tmp_path / "run", save_every=2, steps=2, batch_size=4)
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+)
 def test_the_dtype_of_the_machine_is_what_the_model_computes_in(capability, expected, tiny):
-    gpu = decide(Gpu("Fake", capability, 15 * GIB), None, cores=2, memory_bytes=8 * GIB)
+    gpu = decide(Gpu("Fake", capability, 15 * GB), None, cores=2, memory_bytes=8 * GB)
     computed_in = set()
-    tiny.model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: computed_in.add(output.dtype))
+    tiny.model.model.layers[0].mlp.register_forward_hook(
+        lambda module, inputs, output: computed_in.add(output.dtype)
+    )
     train(dataclasses.replace(gpu, device="cpu"), tiny, steps=6)  # the scale takes some to fit
     assert computed_in == {expected}
     assert {weight.dtype for weight in tiny.model.parameters()} == {torch.float32}
@@ -239,7 +292,10 @@ def test_the_fp16_steps_of_a_t4_are_those_of_autocast_and_gradscaler(machine):
     scaler, losses = torch.amp.GradScaler("cpu"), []
     by_hand.model.train()
     for step in range(5):
-        batch = collate([examples[index] for index in order[20 * step : 20 * step + 20]], by_hand.tokenizer.pad_token_id)
+        batch = collate(
+            [examples[index] for index in order[20 * step : 20 * step + 20]],
+            by_hand.tokenizer.pad_token_id,
+        )
         with torch.autocast("cpu", dtype=torch.float16):
             loss = supervised_loss(by_hand.model, batch)
         scaler.scale(loss).backward()
@@ -258,7 +314,9 @@ def test_the_fp16_steps_of_a_t4_are_those_of_autocast_and_gradscaler(machine):
 
 
 def test_a_loss_of_ones_own_is_a_sum_and_is_divided_by_the_tokens_of_the_step(machine):
-    """Twice the loss trains as the loss does, since AdamW divides by the gradient's size and clipping shortens it."""
+    """Twice the loss trains as the loss does, since AdamW divides by the gradient's size and
+    clipping shortens it.
+    """
     seen = []
 
     def doubled(model, batch):
@@ -280,7 +338,9 @@ class Spy:
 
     def __call__(self, model, step):
         self.steps.append(step)
-        self.norms.append(torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters()]).item())
+        self.norms.append(
+            torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters()]).item()
+        )
         self.total += self.norms[-1]
 
     def state_dict(self):
@@ -314,7 +374,9 @@ def test_after_step_is_not_called_for_a_skipped_step(machine, tiny):
 
 
 def test_what_after_step_changes_stays_changed(machine, tiny):
-    """As AdaLoRA needs it: called before the optimizer's step, AdamW would move the zeroed weights again."""
+    """As AdaLoRA needs it: called before the optimizer's step, AdamW would move the zeroed weights
+    again.
+    """
 
     def prune(model, step):
         with torch.no_grad():

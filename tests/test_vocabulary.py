@@ -1,4 +1,4 @@
-"""Tests of course_lib.vocabulary: pieces that save tokens, rows that start where the old ones were."""
+"""Tests of course_lib.vocabulary: pieces that save tokens, rows that start where the old were."""
 
 import pytest
 import torch
@@ -18,7 +18,9 @@ def tokenizer(smollm2):
 
 
 def test_tokens_per_character_by_hand(tokenizer):
-    assert vocabulary.tokens_per_character(["茶"], tokenizer) == len(encode_text("茶", tokenizer)) > 1
+    assert (
+        vocabulary.tokens_per_character(["茶"], tokenizer) == len(encode_text("茶", tokenizer)) > 1
+    )
     assert vocabulary.tokens_per_character([" the house", " the"], tokenizer) == 3 / 14
 
 
@@ -38,20 +40,31 @@ def test_the_best_piece_saves_the_most_tokens(tokenizer):
 
 
 def test_new_pieces_shorten_chinese_and_change_no_english(tokenizer):
-    size, extended = len(tokenizer), vocabulary.extended_copy(tokenizer, vocabulary.learn_pieces(ESSAYS[:9], tokenizer, 500))
+    size, extended = (
+        len(tokenizer),
+        vocabulary.extended_copy(tokenizer, vocabulary.learn_pieces(ESSAYS[:9], tokenizer, 500)),
+    )
     for text in (*ESSAYS, "他说，我们喜欢茶馆。We like茶馆 a lot."):
         assert extended.decode(encode_text(text, extended)) == text
-    before, after = (vocabulary.tokens_per_character(ESSAYS[9:], each) for each in (tokenizer, extended))
+    before, after = (
+        vocabulary.tokens_per_character(ESSAYS[9:], each) for each in (tokenizer, extended)
+    )
     assert after < 0.75 * before, "on essays that the pieces were not learned from"
     english = "The quick brown fox, 3 dogs and <|im_end|>"
     assert encode_text(english, extended) == encode_text(english, tokenizer)
-    assert (len(tokenizer), len(extended)) == (size, size + 500), "the given tokenizer stays as it is"
+    assert (len(tokenizer), len(extended)) == (size, size + 500), (
+        "the given tokenizer stays as it is"
+    )
 
 
 def test_pieces_are_found_inside_a_sentence_and_the_longest_wins(tiny):
     extended = vocabulary.extended_copy(tiny.tokenizer, ["茶馆", "茶", "我们喜欢", "喜欢茶馆"])
     first = len(tiny.tokenizer)
-    assert [token for token in encode_text("今天我们喜欢茶馆，茶", extended) if token >= first] == [first + 2, first, first + 1]
+    assert [token for token in encode_text("今天我们喜欢茶馆，茶", extended) if token >= first] == [
+        first + 2,
+        first,
+        first + 1,
+    ]
 
 
 def test_a_new_row_is_the_mean_of_the_rows_it_replaces_and_the_old_stay(tiny):
@@ -69,13 +82,22 @@ def test_a_new_row_is_the_mean_of_the_rows_it_replaces_and_the_old_stay(tiny):
 
 def test_a_head_of_its_own_gets_its_own_means_and_spare_rows_are_used_first(tiny):
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=1538, tie_word_embeddings=False, **size))
     base = models.Loaded(model, tiny.tokenizer, "random", "random weights")
     heads = model.get_output_embeddings().weight.clone()
     ids = encode_text(PIECES[2], tiny.tokenizer)
     vocabulary.add_pieces(base, PIECES)
-    assert model.get_input_embeddings().weight.shape == model.get_output_embeddings().weight.shape == (1539, 16)
+    assert (
+        model.get_input_embeddings().weight.shape
+        == model.get_output_embeddings().weight.shape
+        == (1539, 16)
+    )
     torch.testing.assert_close(model.get_output_embeddings().weight[1538], heads[ids].mean(0))
     model.model.norm.weight.requires_grad_(False)
     before = [name for name, weight in model.named_parameters() if weight.requires_grad]
@@ -100,12 +122,14 @@ def test_training_moves_the_new_rows_and_nothing_else(tiny, machine):
         else:
             assert torch.equal(weight, before[name]), name
     training.finetune(tiny, [Example(ids, ids)] * 2, machine, **settings)
-    assert not torch.equal(tiny.model.model.embed_tokens.weight[:first], before["model.embed_tokens.weight"][:first]), (
-        "no hook stays"
-    )
+    assert not torch.equal(
+        tiny.model.model.embed_tokens.weight[:first], before["model.embed_tokens.weight"][:first]
+    ), "no hook stays"
 
 
 def test_a_piece_that_is_one_token_already_is_refused(tiny):
     vocabulary.add_pieces(tiny, PIECES)
-    with pytest.raises(CourseError, match="' the' is one token already|'茶馆' is one token already"):
+    with pytest.raises(
+        CourseError, match="' the' is one token already|'茶馆' is one token already"
+    ):
         vocabulary.add_pieces(tiny, ["茶馆"])

@@ -24,10 +24,17 @@ def subject(record: Record) -> str:
 
 
 def words_about(record: Record) -> set[str]:
-    """The entities that a record speaks of. Velan and English words of one noun count as one entity."""
+    """The entities that a record speaks of.
+
+    Velan and English words of one noun count as one entity.
+    """
     english = {velan: noun for noun, velan in world.velan().items()}
     nouns = {english.get(word, word) for word in record.input.rstrip(".").split()}
-    return nouns & world.KIND_OF_NOUN.keys() if record.extra["task"] not in ("opposite", "past", "add") else {record.input}
+    return (
+        nouns & world.KIND_OF_NOUN.keys()
+        if record.extra["task"] not in ("opposite", "past", "add")
+        else {record.input}
+    )
 
 
 def test_every_task_has_its_records_and_some_are_hard():
@@ -69,8 +76,12 @@ OWN_ANSWER = {
     "color": lambda name: PEOPLE[name].color,
     "land": lambda name: world.LAND_OF_CITY[PEOPLE[name].city],
     "plural": world.plural,
-    "kind": lambda noun: next(kind for kind, nouns in world.NOUNS_OF_KIND.items() if noun in nouns.split()),
-    "opposite": lambda word: next(b if a == word else a for a, b in world.OPPOSITES if word in (a, b)),
+    "kind": lambda noun: next(
+        kind for kind, nouns in world.NOUNS_OF_KIND.items() if noun in nouns.split()
+    ),
+    "opposite": lambda word: next(
+        b if a == word else a for a, b in world.OPPOSITES if word in (a, b)
+    ),
     "past": lambda verb: world.PAST[verb],
     "velan": lambda noun: world.velan()[noun],
     "english": lambda word: next(noun for noun, velan in world.velan().items() if velan == word),
@@ -79,7 +90,9 @@ OWN_ANSWER = {
     "repeat": lambda text: text,
     "review": lambda text: "good" if any(f"was {word}" in text for word in world.GOOD) else "bad",
     "reverse": lambda text: " ".join(reversed(text.split())),
-    "count": lambda text: ["zero", "one", "two", "three", "four", "five", "six", "seven"][len(text.split())],
+    "count": lambda text: ["zero", "one", "two", "three", "four", "five", "six", "seven"][
+        len(text.split())
+    ],
     "add": lambda text: str(sum(int(number) for number in text.split(" + "))),
 }
 
@@ -99,19 +112,39 @@ def test_facts_are_unambiguous():
     assert len(PEOPLE) == 160
     opposites = [word for pair in world.OPPOSITES for word in pair]
     assert len(set(opposites)) == len(opposites)
-    assert len(set(world.velan().values())) == len(set(world.kemic().values())) == len(world.KIND_OF_NOUN) == 120
+    assert (
+        len(set(world.velan().values()))
+        == len(set(world.kemic().values()))
+        == len(world.KIND_OF_NOUN)
+        == 120
+    )
     invented = set(world.velan().values()) | set(world.kemic().values())
-    english = set(world.KIND_OF_NOUN) | set(opposites) | set(world.PAST) | set(world.PAST.values()) | set(world.NUMBER_WORDS)
+    english = (
+        set(world.KIND_OF_NOUN)
+        | set(opposites)
+        | set(world.PAST)
+        | set(world.PAST.values())
+        | set(world.NUMBER_WORDS)
+    )
     assert len(invented) == 240
     assert not invented & english
     assert set(world.PETS) <= set(world.NOUNS_OF_KIND["animal"].split())
 
 
 def test_records_are_the_same_every_time_and_do_not_depend_on_other_tasks():
-    code = "from course_lib import world; print([r.prompt + r.output for r in world.read_world('test')] == eval(input()))"
+    code = (
+        "from course_lib import world; print([r.prompt + r.output for r in "
+        "world.read_world('test')] == eval(input()))"
+    )
     expected = repr([record.prompt + record.output for record in TEST])
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    result = subprocess.run([sys.executable, "-c", code], input=expected, capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        input=expected,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert result.stdout == "True\n", result.stderr
     assert sorted(world.read_world("test", ["past"]), key=str) == sorted(of(TEST, "past"), key=str)
 
@@ -133,14 +166,32 @@ def test_an_unknown_split_or_task_is_refused():
 def test_corrupted_answers_are_wrong_in_the_right_form_and_counted():
     records = world.read_world("train")
     changed = world.corrupt_answers(records, 0.2, seed=1)
-    wrong = [index for index, (one, other) in enumerate(zip(records, changed, strict=True)) if one.output != other.output]
-    assert len(wrong) == round(0.2 * len(records)) == sum("wrong" in record.extra for record in changed)
-    answers = {name: {record.output for record in records if record.extra["task"] == name} for name in world.TASKS}
+    wrong = [
+        index
+        for index, (one, other) in enumerate(zip(records, changed, strict=True))
+        if one.output != other.output
+    ]
+    assert (
+        len(wrong)
+        == round(0.2 * len(records))
+        == sum("wrong" in record.extra for record in changed)
+    )
+    answers = {
+        name: {record.output for record in records if record.extra["task"] == name}
+        for name in world.TASKS
+    }
     for index in wrong:
-        assert (changed[index].instruction, changed[index].input) == (records[index].instruction, records[index].input)
+        assert (changed[index].instruction, changed[index].input) == (
+            records[index].instruction,
+            records[index].input,
+        )
         assert changed[index].output in answers[records[index].extra["task"]]
     assert records == world.read_world("train"), "the caller's records stay"
-    assert changed == world.corrupt_answers(records, 0.2, seed=1) != world.corrupt_answers(records, 0.2, seed=2)
+    assert (
+        changed
+        == world.corrupt_answers(records, 0.2, seed=1)
+        != world.corrupt_answers(records, 0.2, seed=2)
+    )
     assert world.corrupt_answers(records, 0.0, seed=1) == records
     with pytest.raises(CourseError, match="task 'plural' has one answer only"):
         world.corrupt_answers(world.read_world("train", ["plural"])[:1], 1.0, seed=0)

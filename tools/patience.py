@@ -1,8 +1,10 @@
-"""When a kernel is given up: when it is dead, or when its processes together compute next to nothing for two minutes.
+"""When a kernel is given up: when it is dead, or when its processes together compute next to
+nothing for two minutes.
 
-No limit of time is right for a cell. On a slow machine, or beside another program, it takes as long as it takes; what tells a
-cell that hangs from one that computes is the CPU time of its kernel. `make run` asks `Watch` while a cell runs; for nbval this
-module is a plugin (`pytest -p tools.patience`), since nbval alone notices a dead kernel only when its own limit is over.
+No limit of time is right for a cell. On a slow machine, or beside another program, it takes as long
+as it takes; what tells a cell that hangs from one that computes is the CPU time of its kernel.
+`make run` asks `Watch` while a cell runs; for nbval this module is a plugin (`pytest -p
+tools.patience`), since nbval alone notices a dead kernel only when its own limit is over.
 """
 
 import time
@@ -26,7 +28,9 @@ class KernelGivenUpError(RuntimeError):
 
 
 def cpu_seconds(pid: int) -> float | None:
-    """CPU time of a process and of all that it started, the ended ones included; None if it is dead."""
+    """CPU time of a process and of all that it started, the ended ones included; None if it is
+    dead.
+    """
     try:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
@@ -38,7 +42,12 @@ def cpu_seconds(pid: int) -> float | None:
     for member in tree:
         with suppress(psutil.NoSuchProcess):
             used = member.cpu_times()
-            total += used.user + used.system + getattr(used, "children_user", 0.0) + getattr(used, "children_system", 0.0)
+            total += (
+                used.user
+                + used.system
+                + getattr(used, "children_user", 0.0)
+                + getattr(used, "children_system", 0.0)
+            )
     return total
 
 
@@ -81,12 +90,17 @@ class Watch:
             self.looks.popleft()
         since, before = self.looks[0]
         if now - since >= SILENCE_SECONDS and used - before < LEAST_CPU_SECONDS:
-            return f"the kernel used {used - before:.1f} CPU-seconds in {now - since:.0f} s: it hangs, and was ended"
+            return (
+                f"the kernel used {used - before:.1f} CPU-seconds in {now - since:.0f} s: it "
+                "hangs, and was ended"
+            )
         return ""
 
 
 def await_reply(kernel: Any, msg_id: str, timeout: float) -> None:
-    """nbval's wait for the reply of a kernel, which raises KernelGivenUpError as soon as `Watch` gives it up."""
+    """nbval's wait for the reply of a kernel, which raises KernelGivenUpError as soon as `Watch`
+    gives it up.
+    """
     watch, end = Watch(kernel.km.provisioner.pid), time.monotonic() + timeout
     while True:
         try:
@@ -101,7 +115,9 @@ def await_reply(kernel: Any, msg_id: str, timeout: float) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Watch the kernel of an nbval cell; the cells after one that was given up are expected to fail."""
+    """Watch the kernel of an nbval cell; the cells after one that was given up are expected to
+    fail.
+    """
     kernel = getattr(item.parent, "kernel", None)
     if kernel is None:
         return (yield)

@@ -1,140 +1,259 @@
-"""Exercises that answer back: `check("E1.1", my_function)` prints "E1.1 passed", or what is wrong, named by its symptom.
+"""Exercises that answer back.
 
-The exercises of a day stand in `course_lib/checks/dayN.py`, in a dict EXERCISES. To declare one takes three functions:
+    my_labels = checks.use("E1.4", my_labels)  # yours if it passes, or else the reference
+    checks.check("E1.8", my_perplexity)  # prints "E1.8 passed", or what is wrong
 
-    cases(rng)                                  yields tuples of arguments, small ones first; random, with hostile ones among them
-    reference(*arguments)                       the right result
-    symptom(found, expected, *arguments)        what a known mistake looks like in the result, as one sentence, or None
+An exercise is data: a reference, cases, and known mistakes, each a wrong function and its sentence.
+Where the learner's result equals that of a wrong function, its sentence is printed; the tests walk
+the same list, so each diagnosis is proved by the function that makes it. The exercises of a day
+stand in `dayN.py`, in a dict EXERCISES.
 
-A symptom sees a result of the right kind, in plain lists and numbers. Where it knows nothing, the first difference is named.
-Results may come as lists, tuples, arrays or tensors; floats are compared to 1e-5, whole numbers exactly.
+Sentences are plain, or templates with named fields: `found`, `expected`, the arguments, and what
+the exercise's `facts` add. A translation is a file CODE.json beside this one, from each sentence of
+`sentences()` to its translation; COURSE_LANGUAGE=CODE chooses it.
 
-Nothing that a learner's function does stops the notebook: exceptions, endless loops, changed arguments and odd results are named.
-What the function prints is dropped; a learner who wants to see it calls the function.
+Nothing that a learner's function does stops the notebook: exceptions, endless loops, changed
+arguments and odd results are named. Results may be lists, tuples, arrays or tensors; floats are
+compared to 1e-5. What the function prints is dropped.
 """
 
+import ast
 import copy
 import importlib
 import inspect
+import json
 import math
 import os
-import random
+import pkgutil
 import re
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import cache
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from course_lib.runtime import CourseError, first_line
 
-DAYS = ("day1", "day2")
 SECONDS = 5.0  # for one check; a right function takes milliseconds
 MAX_VALUES = 10_000  # in a result; the largest right one has a few hundred
 WIDTH = 100  # characters of a printed value
+KINDS = {
+    "True or False": bool,
+    "a number": Real,
+    "text": str,
+    "a list": list | tuple,
+    "a dict": dict,
+    "None": type(None),
+}
+Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """What a learner's function is compared with; see above."""
+    """What a learner's function is compared with.
 
-    reference: Callable[..., Any]
-    cases: Callable[[random.Random], Iterator[tuple]]
-    symptom: Callable[..., str | None]
+    cases: tuples of arguments; a small one first, hostile ones among them
+    mistakes: what each is, in one sentence, and a wrong function that makes it; see `known`
+    facts: the arguments -> more fields for the sentences
+    otherwise: what to say of a wrong result that no known mistake gives; "" names the difference
+    """
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """message: what `check` prints; its first line is the diagnosis."""
-
-    passed: bool
-    message: str
+    reference: Function
+    cases: Sequence[tuple]
+    mistakes: Mapping[str, Function]
+    facts: Callable[..., dict[str, Any]] = lambda *arguments: {}
+    otherwise: str = ""
 
 
 class _TooSlowError(BaseException):
     """Not an Exception, so that `except Exception` in a learner's loop does not swallow it."""
 
 
-class _TooLargeError(Exception):
-    pass
+def known(*alternating: Any) -> dict[str, Function]:
+    """Mistakes: sentence, wrong function, sentence, wrong function, and so on."""
+    return dict(zip(alternating[::2], alternating[1::2], strict=True))
 
 
-def check(name: str, function: Callable[..., Any]) -> None:
-    """Print whether `function` solves exercise `name`. Raises CourseError for an unknown name, and nothing else.
+def check(name: str, function: Function) -> None:
+    """Print whether `function` solves exercise `name`. Raises CourseError for an unknown name.
 
     >>> check("E1.8", lambda losses: 1.0)  # doctest: +ELLIPSIS
     E1.8 not right yet: ...
     """
-    print(run(name, function).message)
+    print(name, diagnosis(name, function) or say("passed"))
 
 
-def run(name: str, function: Callable[..., Any]) -> Verdict:
-    """Compare `function` with the reference on all cases of exercise `name`; the first difference decides."""
-    exercise = find(name)
-    if not callable(function):
-        return Verdict(False, f'{name}: found {kind(function)}, expected your function: check("{name}", my_function)')
-    try:
-        with _deadline(SECONDS):
-            for arguments in exercise.cases(random.Random(name)):
-                message = _try(exercise, function, arguments)
-                if message:
-                    return Verdict(False, f"{name} {message}")
-    except _TooSlowError:
-        return Verdict(False, f"{name} not right yet: your function was stopped after {SECONDS:g} seconds: does a loop never end?")
-    return Verdict(True, f"{name} passed")
+def use(name: str, function: Function) -> Function:
+    """`function` if it solves exercise `name`, otherwise the reference; says which, and why.
+
+    >>> use("E1.8", lambda losses: 1.0)([[1.0, 3.0]])  # doctest: +ELLIPSIS
+    E1.8 not right yet: ...
+    7.38905609893065
+    """
+    problem = diagnosis(name, function)
+    if problem is None:
+        print(name, say("passed: the cells below use your function"))
+        return function
+    sentence, *example = problem.splitlines()
+    print(name, "\n".join([sentence, *example, say("  the cells below use the reference")]))
+    return find(name).reference
+
+
+@cache
+def exercises() -> dict[str, Exercise]:
+    """All exercises by name, day by day."""
+    found = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    days = [importlib.import_module(f"{__name__}.{day}") for day in found if day.startswith("day")]
+    return {name: exercise for day in days for name, exercise in day.EXERCISES.items()}
 
 
 def find(name: str) -> Exercise:
     """The exercise of this name. Raises CourseError, which lists the known ones."""
-    known: dict[str, Exercise] = {}
-    for day in DAYS:
-        known |= importlib.import_module(f"course_lib.checks.{day}").EXERCISES
-    if not isinstance(name, str) or name not in known:
-        raise CourseError(f"exercise {str(name)[:40]!r} is not known, expected one of {', '.join(known)}")
-    return known[name]
+    if not isinstance(name, str) or name not in exercises():
+        expected = f"expected one of {', '.join(exercises())}"
+        raise CourseError(f"exercise {str(name)[:40]!r} is not known, {expected}")
+    return exercises()[name]
 
 
-def _try(exercise: Exercise, function: Callable[..., Any], arguments: tuple) -> str | None:
-    """What is wrong with `function` on one case, or None."""
-    names = list(inspect.signature(exercise.reference).parameters)
-    if not _accepts(function, arguments):
-        return f"not right yet: your function must take these arguments: {', '.join(names)}"
-    given = copy.deepcopy(arguments)
+def say(sentence: str, **fields: Any) -> str:
+    """The sentence in the language of COURSE_LANGUAGE, with its fields filled in."""
+    return (
+        _translations(os.environ.get("COURSE_LANGUAGE", ""))
+        .get(sentence, sentence)
+        .format(**fields)
+    )
+
+
+@cache
+def _translations(code: str) -> dict[str, str]:
+    path = Path(__file__).with_name(f"{code}.json")
+    return json.loads(path.read_text(encoding="utf-8")) if code.isalpha() and path.is_file() else {}
+
+
+def sentences() -> list[str]:
+    """Every sentence that a check can say, for translators."""
+    calls = [
+        node
+        for node in ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    ]
+    own = [call.args[0] for call in calls if getattr(call.func, "id", "") == "say"]
+    found = [*KINDS, *(argument.value for argument in own if isinstance(argument, ast.Constant))]
+    for exercise in exercises().values():
+        found += [*exercise.mistakes, exercise.otherwise]
+    return list(filter(None, dict.fromkeys(found)))
+
+
+def diagnosis(name: str, function: Function) -> str | None:
+    """What is wrong with `function` as an answer to exercise `name`, and a case that shows it; None
+    if nothing is.
+    """
+    exercise = find(name)
+    if not callable(function):
+        expected = f'check("{name}", my_function)'
+        return say(
+            "found {found}, expected your function: {expected}",
+            found=kind(function),
+            expected=expected,
+        )
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            result = function(*given)
-    except NotImplementedError as error:
-        return _raised(error, function, arguments) if error.args else "not done yet"
-    except (KeyboardInterrupt, _TooSlowError):
-        raise
-    except BaseException as error:  # SystemExit too
-        return _raised(error, function, arguments)
-    for name, before, after in zip(names, arguments, given, strict=True):
-        if not _same(after, before):
-            return f"not right yet: your function changes its argument `{name}`: build a new object, or copy it first"
-    expected = plain(exercise.reference(*copy.deepcopy(arguments)))
-    try:
-        found = plain(result)
-        problem = difference(found, expected)
-    except _TooLargeError:
-        return f"not right yet: your function returns more than {MAX_VALUES:,} values"
-    except Exception:
-        return f"not right yet: your function returns {kind(result)} that cannot be compared"
-    if problem is None:
-        return None
-    if kind(found) == kind(expected):
-        with suppress(Exception):  # a result with a shape that the symptom does not foresee
-            problem = exercise.symptom(found, expected, *arguments) or problem
-    lines = [f"not right yet: {problem}", f"  {_call(function, arguments)}"]
-    with suppress(Exception):  # objects that cannot be printed
-        lines += _side_by_side(found, expected)
-    return "\n".join(lines)
+        with _deadline(SECONDS):
+            problem = _problem(exercise, function)
+    except _TooSlowError:
+        problem = say(
+            "your function was stopped after {seconds:g} seconds: does a loop never end?",
+            seconds=SECONDS,
+        )
+    return (
+        problem
+        if problem in (None, say("not done yet"))
+        else say("not right yet: {problem}", problem=problem)
+    )
 
 
-def _accepts(function: Callable[..., Any], arguments: tuple) -> bool:
+def _problem(exercise: Exercise, function: Function) -> str | None:
+    parameters = inspect.signature(exercise.reference).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    for arguments in exercise.cases:
+        if not _accepts(function, arguments):
+            return say("your function must take these arguments: {names}", names=", ".join(names))
+        given = copy.deepcopy(arguments)
+        name = getattr(function, "__name__", "your function")
+        call = f"  {name}({', '.join(map(_show, arguments))})"
+        try:
+            result = _silently(function, given)
+        except (KeyboardInterrupt, _TooSlowError):
+            raise
+        except BaseException as error:  # SystemExit too
+            if isinstance(error, NotImplementedError) and not error.args:
+                return say("not done yet")
+            return (
+                say("your function raises {error}", error=_described(error, function)) + f"\n{call}"
+            )
+        for name, before, after in zip(names, arguments, given, strict=True):
+            if not _agree(after, before):
+                return say(
+                    "your function changes its argument `{name}`: build a new object, or copy it "
+                    "first",
+                    name=name,
+                )
+        expected = plain(exercise.reference(*copy.deepcopy(arguments)))
+        try:
+            found = plain(result)
+            problem = difference(found, expected)
+        except OverflowError:
+            return say("your function returns more than {most:,} values", most=MAX_VALUES)
+        except Exception:
+            return say("your function returns {found} that cannot be compared", found=kind(result))
+        if problem is not None:
+            fields = dict(zip(names, arguments, strict=True)) | {
+                "found": found,
+                "expected": expected,
+            }
+            sentence = (
+                _sentence(exercise, function, found, arguments)
+                if kind(found) == kind(expected)
+                else ""
+            )
+            with suppress(Exception):  # a result that the sentence's fields do not foresee
+                problem = (
+                    say(sentence, **fields, **exercise.facts(*arguments)) if sentence else problem
+                )
+            return "\n".join([problem[:400], call, *_side_by_side(found, expected)])
+    return None
+
+
+def _sentence(exercise: Exercise, function: Function, found: Any, arguments: tuple) -> str:
+    """Of the mistakes that give what was found the one that agrees on most other cases."""
+    wrong = exercise.mistakes
+    candidates = [one for one in wrong if _agree(_result(wrong[one], arguments), found)]
+    if len(candidates) < 2:
+        return candidates[0] if candidates else exercise.otherwise
+    others = [(case, _result(function, case)) for case in exercise.cases]
+    return max(
+        candidates,
+        key=lambda one: sum(_agree(_result(wrong[one], case), result) for case, result in others),
+    )
+
+
+def _silently(function: Function, arguments: Sequence[Any]) -> Any:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return function(*arguments)
+
+
+def _result(function: Function, arguments: tuple) -> Any:
+    """What `function` gives, or an object that agrees with nothing."""
+    with suppress(Exception):
+        return _silently(function, copy.deepcopy(arguments))
+    return object()
+
+
+def _accepts(function: Function, arguments: tuple) -> bool:
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError:
@@ -144,26 +263,30 @@ def _accepts(function: Callable[..., Any], arguments: tuple) -> bool:
     return True
 
 
-def _raised(error: BaseException, function: Callable[..., Any], arguments: tuple) -> str:
-    """An exception in the learner's code: type, message, line; then the call."""
-    try:
+def _described(error: BaseException, function: Function) -> str:
+    """An exception of the learner's code: type, message, line."""
+    kind_of_error, text = type(error).__name__, ""
+    with suppress(Exception):  # its __str__ may fail as well
         text = first_line(error)
-    except Exception:  # its __str__ fails as well
-        text = ""
-    kind_of_error = type(error).__name__
-    problem = kind_of_error if text in ("", kind_of_error) else f"{kind_of_error}: {text}"
     file = getattr(getattr(function, "__code__", None), "co_filename", None)
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.filename == file:
-            problem += f", in line {frame.lineno}" + (f": `{frame.line}`" if frame.line else "")
-            break
-    return f"not right yet: your function raises {problem}\n  {_call(function, arguments)}"
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    place = (
+        f", in line {own[-1].lineno}" + (f": `{own[-1].line}`" if own[-1].line else "")
+        if own
+        else ""
+    )
+    return (kind_of_error if text in ("", kind_of_error) else f"{kind_of_error}: {text}") + place
 
 
 @contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Raise _TooSlowError in the block after `seconds`; only where the system has timer signals, and in the main thread."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    """Raise _TooSlowError in the block after `seconds`; only in the main thread, where the system
+    has timer signals.
+    """
+    if (
+        not hasattr(signal, "setitimer")
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield
         return
 
@@ -171,7 +294,8 @@ def _deadline(seconds: float) -> Iterator[None]:
         raise _TooSlowError
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # then ten times a second, for a bare `except:` in a loop
+    # then ten times a second, for a bare `except:` in a loop
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
     try:
         yield
     finally:
@@ -180,7 +304,9 @@ def _deadline(seconds: float) -> Iterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """Tensors, arrays and tuples as lists, their numbers as Python's; everything else as it is.
+    """Tensors, arrays and tuples as lists, their numbers as Python's.
+
+    Raises OverflowError for more than MAX_VALUES.
 
     >>> plain(({"a": (1, 2)}, 3))
     [{'a': [1, 2]}, 3]
@@ -190,34 +316,23 @@ def plain(value: Any) -> Any:
     def convert(value: Any) -> Any:
         nonlocal left
         left -= 1
-        size = getattr(value, "size", 0) if hasattr(value, "tolist") else 0  # a number for arrays, a method for tensors
+        # a number for arrays, a method for tensors
+        size = getattr(value, "size", 0) if hasattr(value, "tolist") else 0
         if left < 0 or (value.numel() if hasattr(value, "numel") else size) > left:
-            raise _TooLargeError
+            raise OverflowError
         if hasattr(value, "tolist"):
             return value.tolist()
-        if isinstance(value, list | tuple):
-            return [convert(item) for item in value]
         if isinstance(value, dict):
             return {key: convert(item) for key, item in value.items()}
-        return value
+        return [convert(item) for item in value] if isinstance(value, list | tuple) else value
 
     return convert(value)
 
 
 def kind(value: Any) -> str:
     """What a value is, in words."""
-    if value is None:
-        return "None"
-    for types, words in (
-        (bool, "True or False"),
-        (Real, "a number"),
-        (str, "text"),
-        (list | tuple, "a list"),
-        (dict, "a dict"),
-    ):
-        if isinstance(value, types):
-            return words
-    return f"an object of type {type(value).__name__}"
+    words = next((words for words, types in KINDS.items() if isinstance(value, types)), None)
+    return say(words) if words else say("an object of type {name}", name=type(value).__name__)
 
 
 def difference(found: Any, expected: Any, place: str = "the result") -> str | None:
@@ -226,92 +341,104 @@ def difference(found: Any, expected: Any, place: str = "the result") -> str | No
     >>> difference([1, [2, 2]], [1, [2, 3]])
     'the result[1][1] is 2, expected 3'
     """
-    if isinstance(found, bool) and isinstance(expected, Real) and not isinstance(expected, bool):
-        found = int(found)  # a mask of True and False
+    if isinstance(found, bool) and isinstance(expected, Real):
+        found = type(expected)(found)  # a mask of True and False
     if kind(found) != kind(expected):
-        hint = ": does your function end with `return`?" if found is None and place == "the result" else ""
-        return f"{place} is {kind(found)}, expected {kind(expected)}{hint}"
+        forgotten = (
+            say(": does your function end with `return`?")
+            if found is None and place == "the result"
+            else ""
+        )
+        return (
+            say(
+                "{place} is {found}, expected {expected}",
+                place=place,
+                found=kind(found),
+                expected=kind(expected),
+            )
+            + forgotten
+        )
+    if isinstance(expected, list | dict) and len(found) != len(expected):
+        return say(
+            "{place} has {found} entries, expected {expected}",
+            place=place,
+            found=len(found),
+            expected=len(expected),
+        )
+    if isinstance(expected, dict):
+        if missing := [key for key in expected if key not in found]:
+            return say("{place} has no key {key!r}", place=place, key=missing[0])
+        return next(
+            filter(
+                None,
+                (difference(found[key], expected[key], f"{place}[{key!r}]") for key in expected),
+            ),
+            None,
+        )
     if isinstance(expected, list):
-        if len(found) != len(expected):
-            return f"{place} has {len(found)} entries, expected {len(expected)}"
         pairs = enumerate(zip(found, expected, strict=True))
         return next(filter(None, (difference(a, b, f"{place}[{i}]") for i, (a, b) in pairs)), None)
-    if isinstance(expected, dict):
-        for key in found:
-            if key not in expected:
-                return f"{place} has the key {key!r}, which does not belong there"
-        for key in expected:
-            if key not in found:
-                return f"{place} has no key {key!r}"
-        return next(filter(None, (difference(found[key], expected[key], f"{place}[{key!r}]") for key in expected)), None)
-    if _equal(found, expected):
+    close = isinstance(expected, float) and math.isclose(
+        found, expected, rel_tol=1e-5, abs_tol=1e-6
+    )
+    if close or found == expected or (found != found and expected != expected):
         return None
-    return f"{place} is {_show(found)}, expected {_show(expected)}"
+    return say(
+        "{place} is {found}, expected {expected}",
+        place=place,
+        found=_show(found),
+        expected=_show(expected),
+    )
 
 
-def _equal(found: Any, expected: Any) -> bool:
-    if isinstance(expected, float):
-        return math.isclose(found, expected, rel_tol=1e-5, abs_tol=1e-6)
-    return bool(found == expected)
-
-
-def close(found: Any, wrong: Any) -> bool:
-    """Is this the result of a known mistake? For symptoms.
-
-    >>> close([0.5, 1], [0.5, 1.0]), close([0.5], 0.5)
-    (True, False)
-    """
-    return difference(plain(found), plain(wrong)) is None
-
-
-def _same(after: Any, before: Any) -> bool:
-    try:
-        return difference(plain(after), plain(before)) is None
-    except Exception:  # an argument that the learner's code made unreadable
-        return False
-
-
-def _row_lengths(rows: list) -> list[int | None]:
-    return [len(row) if isinstance(row, list) else None for row in rows]
+def _agree(one: Any, other: Any) -> bool:
+    with suppress(Exception):  # what the learner's code made unreadable agrees with nothing
+        return difference(plain(one), plain(other)) is None
+    return False
 
 
 def _show(value: Any) -> str:
-    """A value on one line, cut at WIDTH; numbers with at most six digits after the point, tensors by their shape."""
-    try:
-        text = re.sub(r"(\.\d{6})\d+(?!\d*e)", r"\1", _text(value))
-    except Exception:  # a learner's object
-        text = kind(value)
-    return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
+    """A value on one line, cut at WIDTH; numbers with at most six digits after the point, tensors
+    by their shape.
+    """
 
+    def text(value: Any) -> str:
+        if hasattr(value, "shape"):
+            return f"<{type(value).__name__.lower()} {' x '.join(map(str, value.shape))}>"
+        if type(value) in (list, tuple) and len(value) > 1:
+            inside = ", ".join(map(text, value))
+            return f"[{inside}]" if type(value) is list else f"({inside})"
+        return repr(value)
 
-def _text(value: Any) -> str:
-    if hasattr(value, "shape"):
-        return f"<{type(value).__name__.lower()} {' x '.join(map(str, value.shape))}>"
-    if type(value) is list:
-        return f"[{', '.join(map(_text, value))}]"
-    if type(value) is tuple and len(value) > 1:
-        return f"({', '.join(map(_text, value))})"
-    return repr(value)
-
-
-def _call(function: Callable[..., Any], arguments: tuple) -> str:
-    return f"{getattr(function, '__name__', 'your function')}({', '.join(map(_show, arguments))})"
+    shown = kind(value)
+    with suppress(Exception):  # a learner's object
+        shown = re.sub(r"(\.\d{6})\d+(?!\d*e)", r"\1", text(value))
+    return shown if len(shown) <= WIDTH else shown[: WIDTH - 3] + "..."
 
 
 def _side_by_side(found: Any, expected: Any) -> list[str]:
-    """Both results as text; lists in columns, with a mark under what differs. Of a list of lists: the first row that differs."""
-    both = isinstance(found, list) and isinstance(expected, list)
-    nested = both and any(isinstance(value, list) for value in found + expected)
-    if nested and max(len(repr(found)), len(repr(expected))) > WIDTH / 2 and _row_lengths(found) == _row_lengths(expected):
-        return _side_by_side(*next(pair for pair in zip(found, expected, strict=True) if difference(*pair)))
-    if not both or nested or max(len(found), len(expected)) > 20:
+    """Both results as text; short lists in columns, with a mark under what differs.
+
+    Of rows the first that differs.
+    """
+    both = isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected)
+    if (
+        both
+        and any(isinstance(value, list) for value in expected)
+        and len(repr(expected)) > WIDTH / 2
+    ):
+        return _side_by_side(
+            *next(pair for pair in zip(found, expected, strict=True) if not _agree(*pair))
+        )
+    if not both or any(isinstance(value, list) for value in found + expected) or len(found) > 20:
         return [f"  found     {_show(found)}", f"  expected  {_show(expected)}"]
-    columns, marks = [], []
-    for i in range(max(len(found), len(expected))):
-        pair = [_show(row[i]) if i < len(row) else "" for row in (found, expected)]
-        width = max(map(len, pair))
-        columns.append([text.rjust(width) for text in pair])
-        marks.append(("^" if pair[0] != pair[1] else "").rjust(width))
-    rows = list(zip(*columns, strict=True)) or [(), ()]
-    lines = [f"  found     {' '.join(rows[0])}", f"  expected  {' '.join(rows[1])}", f"            {' '.join(marks)}"]
-    return [line.rstrip() for line in lines if line.strip()]
+    columns = [
+        (_show(a), _show(b), "^" if _show(a) != _show(b) else "")
+        for a, b in zip(found, expected, strict=True)
+    ]
+    padded = [[text.rjust(max(map(len, column))) for text in column] for column in columns]
+    heads = ("  found    ", "  expected ", "           ")
+    return [
+        " ".join([head, *texts]).rstrip()
+        for head, texts in zip(heads, zip(*padded, strict=True), strict=True)
+    ]

@@ -1,500 +1,579 @@
-"""The exercises of Day 2: rank, counts, LoRA's forward and backward pass, merging, blending, batch fusion.
+"""The exercises of Day 2: rank, counts, LoRA's forward and backward pass, merging, blending, batch
+fusion.
 
-Each has its cases, its reference and the symptoms of known mistakes, in the order of the notebook. The letters are those of the
-paper (Hu et al. 2021, arXiv 2106.09685, section 4.1): `a` is (r, in), `b` is (out, r), the update of a `weight` (out, in) is
-(alpha / r) B A. The entries of all matrices are multiples of 1/4: the order in which a learner multiplies makes no difference.
+The letters are those of the paper (Hu et al. 2021, arXiv 2106.09685, section 4.1): `a` is (r, in),
+`b` is (out, r), the update of a `weight` (out, in) is (alpha / r) B A. All entries are multiples of
+1/4: the order of the products makes no difference.
 """
 
 import math
 import random
-from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
-from torch import Tensor
 
-from course_lib.checks import Exercise, close
+from course_lib.checks import Exercise, known
 
-Adapter = tuple[Tensor, Tensor, float]  # a (r, in), b (out, r), alpha
-Shape = tuple[int, int]  # (out, in)
-SCALES = (0.5, 2, 3, 4)  # alpha / r; 1 would hide a forgotten scale
-
-
-def _matrix(rng: random.Random, rows: int, columns: int) -> Tensor:
-    return torch.tensor([[(rng.randint(1, 6) * rng.choice((-1, 1))) / 4 for _ in range(columns)] for _ in range(rows)])
-
-
-def _adapter(rng: random.Random, rows: int, columns: int, rank: int) -> Adapter:
-    """For a weight (rows, columns)."""
-    return _matrix(rng, rank, columns), _matrix(rng, rows, rank), rank * rng.choice(SCALES)
-
-
-def _named(found: list | float, mistakes: Iterable[tuple]) -> str | None:
-    """The sentence of the first mistake (its result, its sentence) that gives what was found."""
-    return next((sentence for wrong, sentence in mistakes if close(found, wrong)), None)
+EXERCISES = {}
+DRAW = random.Random(0)
+SIZES = ((1, 2, 4, 1), (3, 6, 5, 4), (4, 3, 2, 3), (2, 5, 6, 1), (5, 4, 4, 2))  # N, out, in, r
+SCALES = (0.5, 2, 3, 4)  # alpha / r of the cases; 1 would hide a forgotten scale
+WRONG_SCALES = {  # what to say of {what} -> the scale, from alpha, r and the shapes
+    "{what} is not scaled": lambda alpha, r: 1,
+    "{what} is multiplied by alpha, but not divided by r": lambda alpha, r: alpha,
+    "{what} is divided by r, but not multiplied by alpha": lambda alpha, r: 1 / r,
+    "{what} is multiplied by r, expected divided by r": lambda alpha, r: alpha * r,
+    "the scale of {what} is upside down": lambda alpha, r: r / alpha,
+    "{what} is scaled twice": lambda alpha, r: (alpha / r) ** 2,
+    "{what} is divided by the square root of r, as in rsLoRA": lambda alpha, r: (
+        alpha / math.sqrt(r)
+    ),
+    "{what} has the wrong sign": lambda alpha, r: -alpha / r,
+}
 
 
-def _wrong_shape(found: list, expected: list, letters: str, what: str = "result") -> str | None:
-    shapes = [" x ".join(map(str, torch.tensor(value).shape)) for value in (found, expected)]
-    return f"your {what} is {shapes[0]}, expected {shapes[1]}, {letters}" if shapes[0] != shapes[1] else None
+def right_scale(alpha, r):
+    return alpha / r
 
 
-def _wrong_scale(update: Tensor, product: Tensor, alpha: float, rank: int, what: str = "update") -> str | None:
-    """What is wrong with the scale of an update that should be (alpha / rank) times the product of x, A and B."""
-    right = f": the scale is alpha / r, here {alpha:g} / {rank}"
-    sentence = _named(
-        update,
-        (
-            (product, f"your {what} is not scaled{right}"),
-            (alpha * product, f"your {what} is multiplied by alpha, but not divided by r{right}"),
-            (product / rank, f"your {what} is divided by r, but not multiplied by alpha{right}"),
-            (alpha * rank * product, f"your {what} is multiplied by r, expected divided by r{right}"),
-            (rank / alpha * product, f"the scale of your {what} is upside down{right}"),
-            ((alpha / rank) ** 2 * product, f"your {what} is scaled twice{right}"),
-            (alpha / math.sqrt(rank) * product, f"your {what} is divided by the square root of r, as in rsLoRA{right}"),
-            (-alpha / rank * product, f"your {what} has the wrong sign"),
-        ),
-    )
-    factor = (update * product).sum() / product.square().sum()
-    if sentence is None and close(update, factor * product):
-        return f"your {what} is {factor.item() * rank / alpha:.3g} times what it should be{right}"
-    return sentence
+def wrongly_scaled(function, what="your update"):
+    """For `known`: what `function`, which takes a scale, gives with each wrong one."""
+    for sentence, scale in WRONG_SCALES.items():
+        yield f"{sentence.format(what=what)}: the scale is alpha / r"
+        yield partial(function, scale=scale)
+
+
+def matrix(rows, columns):
+    draw = lambda: DRAW.randint(1, 6) * DRAW.choice((-1, 1)) / 4  # noqa: E731
+    return torch.tensor([[draw() for _ in range(columns)] for _ in range(rows)])
+
+
+def whole(rows, columns):
+    """Whole numbers from -3 to 3: what a first case prints is short."""
+    return 4 * matrix(rows, columns).clamp(-0.75, 0.75)
+
+
+def adapter(rows, columns, rank):
+    """a (r, in), b (out, r), alpha; for a weight (rows, columns)."""
+    return matrix(rank, columns), matrix(rows, rank), rank * DRAW.choice(SCALES)
 
 
 # E2.1 How low is the rank?
 
 
-def rank_for(singular_values: list[float], share: float) -> int:
-    return _smallest_k([value**2 for value in singular_values], share)
-
-
-def _smallest_k(parts: list[float], share: float) -> int:
+def smallest_k(parts, share):
     return next(k for k in range(len(parts) + 1) if sum(parts[:k]) >= share * sum(parts))
 
 
-def rank_for_cases(rng: random.Random) -> Iterator[tuple]:
-    yield [7.0, 6.0, 6.0, 5.0, 4.0, 4.0, 3.0, 3.0, 3.0, 2.0], 0.75  # every known mistake gives another k
-    yield [5.0, 4.0, 3.0, 0.5], 0.5  # 25 of 50.25 are not quite one half
-    for _ in range(12):
-        values = sorted((rng.randint(1, 40) / 4 for _ in range(rng.randint(2, 9))), reverse=True)
-        share = rng.choice((0.31, 0.5, 0.617, 0.75, 0.9, 0.983))
-        held = [sum(value**2 for value in values[:k]) / sum(value**2 for value in values) for k in range(len(values))]
-        if all(abs(part - share) > 1e-4 for part in held):  # rounding must not decide
-            yield values, share
-    yield [2.0, 2.0, 2.0, 2.0], 0.75  # exactly the share is enough
-    yield [1.0, 1.0], 0.5
-    yield [3.0, 2.0, 1.0], 1.0
-    yield [3.0, 2.0, 0.0, 0.0], 1.0  # an update of rank 2
-    yield [7.0], 0.9
-    yield [0.0, 0.0, 0.0], 0.9  # a fresh adapter: no update at all
+def squares(values):
+    return [value**2 for value in values]
 
 
-def rank_for_symptom(found: float, expected: int, singular_values: list[float], share: float) -> str | None:
-    squares = [value**2 for value in singular_values]
-    total = sum(squares)
-    if total == 0:
-        return f"an update of zeros holds everything with no direction at all: expected 0, found {found:g}"
-    if found == expected + 1 and close(sum(squares[:expected]), share * total):
-        return f"the first {expected} hold exactly the share, and that is enough: at least, not more than"
-    named = _named(
-        found,
-        (
-            (_smallest_k(singular_values, share), "you add the singular values themselves: add their squares"),
-            (_smallest_k(squares, share**2), "you compare lengths: compare the sums of squares, without the root"),
-            (_smallest_k(squares[::-1], share), "you begin with the smallest values: begin with the largest, they come first"),
-            (_smallest_k(squares, 1 - share), "you stop where the rest holds the share: the first k must hold it"),
-            (
-                sum(part >= share * squares[0] for part in squares),
-                "you compare each value with the largest: compare the sum of the first k",
-            ),
-            (
-                math.ceil(share * len(squares)),
-                "you take a share of the number of values: take the share of the sum of their squares",
-            ),
-            (expected - 1, "your k is one too small: return how many values you need, not the place of the last one"),
-            (expected + 1, "your k is one too large: return the smallest k that holds the share"),
-            (len(squares), "you return the number of all values: stop at the first k that holds the share"),
+EXERCISES["E2.1"] = Exercise(
+    lambda values, share: smallest_k(squares(values), share),
+    [
+        ([7.0, 6.0, 6.0, 5.0, 4.0, 4.0, 3.0, 3.0, 3.0, 2.0], 0.75),
+        ([5.0, 4.0, 3.0, 0.5], 0.5),  # 25 of 50.25 are not quite one half
+        ([9.5, 3.25, 3.0, 1.5, 0.25], 0.983),
+        ([6.0, 5.5, 1.0, 1.0, 0.5, 0.5], 0.617),
+        ([2.0, 2.0, 2.0, 2.0], 0.75),  # exactly the share is enough
+        *(([1.0, 1.0], 0.5), ([3.0, 2.0, 1.0], 1.0), ([7.0], 0.9)),
+        ([3.0, 2.0, 0.0, 0.0], 1.0),  # an update of rank 2
+        ([0.0, 0.0, 0.0], 0.9),  # a fresh adapter: no update at all
+    ],
+    known(
+        "you add the singular values themselves: add their squares",
+        smallest_k,
+        "you compare lengths: compare the sums of squares, without the root",
+        lambda values, share: smallest_k(squares(values), share**2),
+        "you begin with the smallest values: begin with the largest, they come first",
+        lambda values, share: smallest_k(squares(values)[::-1], share),
+        "you stop where the rest holds the share: the first k must hold it",
+        lambda values, share: smallest_k(squares(values), 1 - share),
+        "you compare each value with the largest: compare the sum of the first k",
+        lambda values, share: sum(v**2 >= share * values[0] ** 2 for v in values),
+        "you take a share of the number of values: take the share of the sum of their squares",
+        lambda values, share: math.ceil(share * len(values)),
+        "your k is one too small: return how many values you need, not the place of the last one",
+        lambda values, share: max(0, smallest_k(squares(values), share) - 1),
+        "your k is one too large: return the smallest k that holds the share",
+        lambda values, share: smallest_k(squares(values), share) + 1,
+        "you return the number of all values: stop at the first k that holds the share",
+        lambda values, share: len(values),
+        "the first {expected} hold exactly the share, and that is enough: at least, not more than",
+        lambda values, share: (
+            smallest_k(squares(values), share + 1e-9) if share < 1 else len(values)
         ),
-    )
-    if named or not 0 <= found <= len(squares):
-        return named
-    held = [f"{sum(squares[:k]) / total:.1%}" for k in (int(found), expected)]
-    return f"the first {found} hold {held[0]} of the sum of squares, the first {expected} {held[1]}; {share:.1%} are asked for"
+        "an update of zeros holds everything with no direction at all: expected 0, found {found}",
+        lambda values, share: max(1, smallest_k(squares(values), share)),
+    ),
+    lambda values, share: {
+        "held": sum(squares(values[: smallest_k(squares(values), share)]))
+        / (sum(squares(values)) or 1)
+    },
+    "the first {expected} hold {held:.1%} of the sum of squares, {share:.1%} are asked for; found "
+    "{found}",
+)
 
 
 # E2.2 Trained weights
 
 
-def lora_count(shapes: list[Shape], rank: int) -> int:
-    return sum(torch.empty(rank, columns).numel() + torch.empty(rows, rank).numel() for rows, columns in shapes)
+def lora_count(shapes, rank):
+    return sum(rank * (rows + columns) for rows, columns in shapes)
 
 
-def lora_count_cases(rng: random.Random) -> Iterator[tuple]:
-    yield [(500, 200)], 3
-    yield [(6, 4), (6, 4), (4, 10)], 2  # many layers of a model have the same shape
-    for _ in range(10):
-        shapes = [(rng.randint(1, 60), rng.randint(1, 60)) for _ in range(rng.randint(1, 5))]
-        yield shapes * rng.randint(1, 3), rng.randint(1, 9)
-    yield [(4, 4)], 8  # a rank above the sides is wasteful, and still trained
-    yield [], 4
+def each(weights):
+    """The sum of `weights(rows, columns, rank)` over all shapes."""
+    return lambda shapes, rank: sum(weights(rows, columns, rank) for rows, columns in shapes)
 
 
-def lora_count_symptom(found: float, expected: int, shapes: list[Shape], rank: int) -> str | None:
-    start = f"found {found:,.12g} weights, expected {expected:,}: "
-    rows, columns = (sum(shape[side] for shape in shapes) for side in (0, 1))
-    full = sum(out * into for out, into in shapes)
-    if not shapes:
-        return start + "where nothing is adapted, nothing is trained"
-    named = _named(
-        found,
-        (
-            (rank * columns, "these are the A's alone: B (out, r) is trained, too"),
-            (rank * rows, "these are the B's alone: A (r, in) is trained, too"),
-            (full, "these are the weights of the matrices, which are frozen: count A and B"),
-            (full + expected, "the matrices themselves are frozen: count only A and B"),
-            (rank * full, "rank times the whole matrix: A has r rows of length `in`, B has `out` rows of length r"),
-            (rank**2 * full, "the entries of A times those of B: both are stored, so add them"),
-            (rows + columns, "this is the count for rank 1: multiply by the rank"),
-            (rank * expected, "the rank is counted twice: it is one side of A and one side of B"),
-            (2 * rank * rows, "both A and B are counted as long as `out`: A is as long as `in`"),
-            (2 * rank * columns, "both A and B are counted as long as `in`: B is as long as `out`"),
-            (expected + rows, "LoRA adds no bias: count A and B only"),
-            (expected + rank**2 * len(shapes), "there is nothing of size r x r between A and B"),
-            (
-                lora_count(list(dict.fromkeys(shapes)), rank),
-                "a shape that occurs several times counts several times: each matrix has its own A and B",
-            ),
-            (lora_count(shapes[:1], rank), "only the first matrix is counted: add them all; does your loop return too early?"),
-            (lora_count(shapes[-1:], rank), "only the last matrix is counted: add them all"),
-        ),
-    )
-    return start + (named or "for each (out, in) A has r x in weights and B has out x r")
+EXERCISES["E2.2"] = Exercise(
+    lora_count,
+    [
+        ([(500, 200)], 3),
+        ([(6, 4), (6, 4), (4, 10)], 2),  # many layers of a model have the same shape
+        ([(17, 40), (3, 29), (17, 40), (51, 8)], 5),
+        ([(4, 4)], 8),  # a rank above the sides is wasteful, and still trained
+        ([], 4),
+    ],
+    known(
+        "these are the A's alone: B (out, r) is trained, too",
+        each(lambda rows, columns, rank: rank * columns),
+        "these are the B's alone: A (r, in) is trained, too",
+        each(lambda rows, columns, rank: rank * rows),
+        "these are the weights of the matrices, which are frozen: count A and B",
+        each(lambda rows, columns, rank: rows * columns),
+        "the matrices themselves are frozen: count only A and B",
+        each(lambda rows, columns, rank: rows * columns + rank * (rows + columns)),
+        "rank times the whole matrix: A has r rows of length `in`, B has `out` rows of length r",
+        each(lambda rows, columns, rank: rank * rows * columns),
+        "the entries of A times those of B: both are stored, so add them",
+        each(lambda rows, columns, rank: rank**2 * rows * columns),
+        "this is the count for rank 1: multiply by the rank",
+        each(lambda rows, columns, rank: rows + columns),
+        "the rank is counted twice: it is one side of A and one side of B",
+        each(lambda rows, columns, rank: rank**2 * (rows + columns)),
+        "both A and B are counted as long as `out`: A is as long as `in`",
+        each(lambda rows, columns, rank: 2 * rank * rows),
+        "both A and B are counted as long as `in`: B is as long as `out`",
+        each(lambda rows, columns, rank: 2 * rank * columns),
+        "LoRA adds no bias: count A and B only",
+        each(lambda rows, columns, rank: rank * (rows + columns) + rows),
+        "there is nothing of size r x r between A and B",
+        each(lambda rows, columns, rank: rank * (rows + rank + columns)),
+        "no rank is cut to the sides of a matrix: A has r x in weights and B has out x r",
+        each(lambda rows, columns, rank: min(rank, rows, columns) * (rows + columns)),
+        "a shape that occurs several times counts several times: each matrix has its own A and B",
+        lambda shapes, rank: lora_count({*shapes}, rank),
+        "only the first matrix is counted: add them all; does your loop return too early?",
+        lambda shapes, rank: lora_count(shapes[:1], rank),
+        "only the last matrix is counted: add them all",
+        lambda shapes, rank: lora_count(shapes[-1:], rank),
+        "where nothing is adapted, nothing is trained",
+        lambda shapes, rank: lora_count(shapes, rank) or 1,
+    ),
+    otherwise="found {found:,} weights, expected {expected:,}: for each (out, in) A has r x in "
+    "weights and B has out x r",
+)
 
 
 # E2.3 The forward pass
 
 
-def lora(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    scale = alpha / a.shape[0]
-    return torch.einsum("ni,oi->no", x, weight) + scale * torch.einsum("ni,ri,or->no", x, a, b)
+def lora(x, weight, a, b, alpha, scale=right_scale):
+    return x @ weight.T + scale(alpha, len(a)) * (x @ a.T @ b.T)
 
 
-def lora_cases(rng: random.Random) -> Iterator[tuple]:
-    yield _whole(rng, 3, 4), _whole(rng, 5, 4), _whole(rng, 2, 4), _whole(rng, 5, 2), 6
-    for _ in range(10):
-        rows, columns = rng.randint(2, 6), rng.randint(2, 6)
-        yield (
-            _matrix(rng, rng.randint(1, 4), columns),
-            _matrix(rng, rows, columns),
-            *_adapter(rng, rows, columns, rng.randint(1, 4)),
-        )
-    yield _matrix(rng, 2, 4), _matrix(rng, 5, 4), _matrix(rng, 3, 4), torch.zeros(5, 3), 6  # B starts at zero
-    yield _matrix(rng, 1, 4), _matrix(rng, 2, 4), *_adapter(rng, 2, 4, 1)
-
-
-def _whole(rng: random.Random, rows: int, columns: int) -> Tensor:
-    """Whole numbers from -3 to 3: what a first case prints is short."""
-    return 4 * _matrix(rng, rows, columns).clamp(-0.75, 0.75)
-
-
-def lora_symptom(found: list, expected: list, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, alpha: float) -> str | None:
-    base, product, rank = x @ weight.T, x @ a.T @ b.T, len(a)
-    update = alpha / rank * product
-    if close(found, weight + alpha / rank * b @ a):
-        return "you return the merged weight: multiply x with it"
-    named = _wrong_shape(found, expected, "(N, out)") or _named(
-        found,
-        (
-            (base, "your result is x W^T alone: the update is missing"),
-            (update, "your result is the update alone: the frozen layer, x W^T, is missing"),
-            (alpha / rank * (base + product), "you scale the frozen layer, too: only the update is multiplied by alpha / r"),
-            (base * update, "you multiply base and update: add them"),
-        ),
-    )
-    if named:
-        return named
-    for size, words in ((weight.shape[0], "out"), (weight.shape[1], "in"), (len(x), "N")):
-        if size != rank and close(found, base + alpha / size * product):
-            return f"you divide by {words}, {size}: r is the number of rows of a, {rank}"
-    return _wrong_scale(torch.tensor(found) - base, product, alpha, rank)
+EXERCISES["E2.3"] = Exercise(
+    lora,
+    [
+        (whole(3, 4), whole(5, 4), whole(2, 4), whole(5, 2), 6),
+        *((matrix(n, i), matrix(o, i), *adapter(o, i, r)) for n, o, i, r in SIZES),
+        (matrix(2, 4), matrix(5, 4), matrix(3, 4), torch.zeros(5, 3), 6),  # B starts at zero
+    ],
+    known(
+        *wrongly_scaled(lora),
+        "you divide by out: r is the number of rows of a",
+        lambda x, weight, a, b, alpha: lora(x, weight, a, b, alpha / len(b) * len(a)),
+        "you divide by in: r is the number of rows of a",
+        lambda x, weight, a, b, alpha: lora(x, weight, a, b, alpha / a.shape[1] * len(a)),
+        "you divide by N: r is the number of rows of a",
+        lambda x, weight, a, b, alpha: lora(x, weight, a, b, alpha / len(x) * len(a)),
+        "you divide by the number of entries of a: r is the number of its rows",
+        lambda x, weight, a, b, alpha: lora(x, weight, a, b, alpha / a.shape[1]),
+        "your result is x W^T alone: the update is missing",
+        lambda x, weight, a, b, alpha: x @ weight.T,
+        "your result is the update alone: the frozen layer, x W^T, is missing",
+        lambda x, weight, a, b, alpha: lora(x, 0 * weight, a, b, alpha),
+        "you scale the frozen layer, too: only the update is multiplied by alpha / r",
+        lambda x, weight, a, b, alpha: alpha / len(a) * lora(x, weight, a, b, len(a)),
+        "you multiply base and update: add them",
+        lambda x, weight, a, b, alpha: (x @ weight.T) * lora(x, 0 * weight, a, b, alpha),
+        "you return the merged weight: multiply x with it",
+        lambda x, weight, a, b, alpha: weight + alpha / len(a) * b @ a,
+        "your result is transposed: expected (N, out)",
+        lambda *arguments: lora(*arguments).T,
+    ),
+)
 
 
 # E2.4 The gradients
 
 
-def gradients(x: Tensor, upstream: Tensor, a: Tensor, b: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def gradient_of_a(x, upstream, a, b, alpha, scale=right_scale):
+    return scale(alpha, len(a)) * (upstream @ b).T @ x
+
+
+def gradient_of_b(x, upstream, a, b, alpha, scale=right_scale):
+    return scale(alpha, len(a)) * upstream.T @ (x @ a.T)
+
+
+def gradients(x, upstream, a, b, alpha):
     """By autograd, which the learner does without."""
     with torch.enable_grad():
         a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
-        return torch.autograd.grad(alpha / a.shape[0] * (x @ a.T @ b.T), (a, b), upstream)
+        return torch.autograd.grad(alpha / len(a) * (x @ a.T @ b.T), (a, b), upstream)
 
 
-def gradients_cases(rng: random.Random) -> Iterator[tuple]:
-    yield _whole(rng, 4, 3), _whole(rng, 4, 5), _whole(rng, 2, 3), _whole(rng, 5, 2), 6
-    yield _matrix(rng, 3, 4), _matrix(rng, 3, 5), _matrix(rng, 2, 4), torch.zeros(5, 2), 8  # the first step: B is zero
-    for _ in range(10):
-        count, rows, columns = (rng.randint(1, 5) for _ in range(3))
-        yield _matrix(rng, count, columns), _matrix(rng, count, rows), *_adapter(rng, rows, columns, rng.randint(1, 4))
-    yield _matrix(rng, 3, 4), _matrix(rng, 3, 5), torch.zeros(2, 4), _matrix(rng, 5, 2), 6  # A is zero
+def summed_first(x, upstream, a, b, alpha):
+    up, into = upstream.sum(0), x.sum(0)
+    scale = alpha / len(a)
+    return scale * torch.outer(up @ b, into), scale * torch.outer(up, a @ into)
 
 
-def gradients_symptom(found: list, expected: list, x: Tensor, upstream: Tensor, a: Tensor, b: Tensor, alpha: float) -> str | None:
-    if len(found) != 2:
-        return f"expected two gradients, that of a and that of b, found {len(found)} values"
-    if close(found, expected[::-1]):
-        return "your gradients come in the wrong order: that of a first, then that of b"
-    rank, count = len(a), len(x)
-    products = (upstream @ b).T @ x, upstream.T @ (x @ a.T)
-    summed = torch.outer((upstream @ b).sum(0), x.sum(0)), torch.outer(upstream.sum(0), (x @ a.T).sum(0))
-    for name, own, right, product, outer in zip("ab", found, expected, products, summed, strict=True):
-        if close(own, right):
-            continue
-        if close(own, torch.tensor(right).T):
-            return f"your gradient of {name} is transposed: a gradient has the shape of its matrix"
-        wrong = _wrong_shape(own, right, "the shape of its matrix", f"gradient of {name}")
-        if wrong:
-            return wrong
-        if close(own, alpha / rank * product / count):
-            return (
-                f"your gradient of {name} is a mean over the {count} rows: upstream says already how much each row counts, so add"
-            )
-        if close(own, alpha / rank * outer):
-            return f"for {name} you add up the rows before you multiply: each row of upstream belongs to its own row of x"
-        if close(own, 0 * product):
-            return f"your gradient of {name} is zero: that is so only where {'b' if name == 'a' else 'a'} is zero"
-        return _wrong_scale(torch.tensor(own), product, alpha, rank, f"gradient of {name}")
-    return None
+def only(place, wrong):
+    """The gradients, of which the one at `place` is changed by `wrong`."""
+
+    def function(*arguments):
+        found = list(gradients(*arguments))
+        found[place] = wrong(found[place])
+        return found
+
+    return function
+
+
+def wrong_gradients():
+    for place, name in enumerate("ab"):
+        yield f"your gradient of {name} is transposed: a gradient has the shape of its matrix"
+        yield only(place, lambda gradient: gradient.T)
+        yield f"your gradient of {name} is zero: that is so only where {'ba'[place]} is zero"
+        yield only(place, torch.zeros_like)
+        own = (gradient_of_a, gradient_of_b)[place]
+        for sentence, scale in WRONG_SCALES.items():
+            yield f"{sentence.format(what=f'your gradient of {name}')}: the scale is alpha / r"
+            yield lambda *arguments, place=place, own=own, scale=scale: only(
+                place, lambda gradient: own(*arguments, scale=scale)
+            )(*arguments)
+    both = lambda *arguments, scale: (  # noqa: E731
+        gradient_of_a(*arguments, scale=scale),
+        gradient_of_b(*arguments, scale=scale),
+    )
+    yield from wrongly_scaled(both, "each of your gradients")
+
+
+EXERCISES["E2.4"] = Exercise(
+    gradients,
+    [
+        (whole(4, 3), whole(4, 5), whole(2, 3), whole(5, 2), 6),
+        (matrix(3, 4), matrix(3, 5), matrix(2, 4), torch.zeros(5, 2), 8),  # B is zero
+        *((matrix(n, i), matrix(n, o), *adapter(o, i, r)) for n, o, i, r in SIZES),
+        (matrix(3, 4), matrix(3, 5), torch.zeros(2, 4), matrix(5, 2), 6),  # A is zero
+    ],
+    known(
+        *wrong_gradients(),
+        "your gradients come in the wrong order: that of a first, then that of b",
+        lambda *arguments: gradients(*arguments)[::-1],
+        "your gradients are means over the rows: upstream says already how much each row counts, "
+        "so add",
+        lambda x, *rest: [gradient / len(x) for gradient in gradients(x, *rest)],
+        "you add up the rows before you multiply: each row of upstream belongs to its own row of x",
+        summed_first,
+        "your gradient of a is that of the whole weight, upstream^T x: B is missing",
+        lambda x, upstream, a, b, alpha: (
+            alpha / len(a) * upstream.T @ x,
+            gradient_of_b(x, upstream, a, b, alpha),
+        ),
+        "expected two gradients, that of a and that of b: you return that of the whole weight",
+        lambda x, upstream, a, b, alpha: alpha / len(a) * upstream.T @ x,
+        "your gradients are not added up over the rows of x: each has the shape of its matrix",
+        lambda x, upstream, a, b, alpha: (
+            alpha / len(a) * (upstream @ b)[:, :, None] * x[:, None],
+            alpha / len(a) * upstream[:, :, None] * (x @ a.T)[:, None],
+        ),
+    ),
+)
 
 
 # E2.5 Equal budgets
 
 
-def largest_rank(shapes: list[Shape], budget: int) -> int:
-    fitting = (rank for rank in range(1, min(map(min, shapes)) + 1) if lora_count(shapes, rank) <= budget)
-    return max(fitting, default=0)
+def largest_rank(shapes, budget, cost=None, limit=None):
+    """cost: of rank 1; limit: of the rank; both right if None."""
+    cost = lora_count(shapes, 1) if cost is None else cost
+    return min(budget // cost, min(map(min, shapes)) if limit is None else limit)
 
 
-def largest_rank_cases(rng: random.Random) -> Iterator[tuple]:
-    yield [(60, 20), (30, 40)], 1000
-    yield [(60, 20), (30, 40)], 1050  # exactly rank 7
-    yield [(30, 4), (30, 30)], 5000  # a side of 4 ends it
-    yield [(30, 30), (4, 30)], 5000
-    for _ in range(15):
-        shapes = [(rng.randint(3, 40), rng.randint(3, 40)) for _ in range(rng.randint(1, 4))]
-        yield shapes, rng.randint(1, 12) * lora_count(shapes, 1) + rng.choice((-1, 0, 1, 5))
-    yield [(8, 8), (8, 8)], 31  # rank 1 takes 32
-    yield [(100, 100)], 0
-
-
-def largest_rank_symptom(found: float, expected: int, shapes: list[Shape], budget: int) -> str | None:
-    rows, columns = (sum(shape[side] for shape in shapes) for side in (0, 1))
-    limit = min(map(min, shapes))
-    if found < 0:
-        return f"a rank is never below 0, found {found:g}"
-    if found != int(found):
-        return f"a rank is a whole number, found {found:.4g}: round down"
-    costs = [rank * (rows + columns) for rank in (int(found), expected, int(found) + 1)]
-    if expected == 0:
-        return f"not even rank 1 fits, it trains {rows + columns:,} weights and {budget:,} are allowed: expected 0, found {found:g}"
-    if expected == limit and found > limit and costs[0] <= budget:
-        return f"rank {found:g} is above the smallest side of all matrices, {limit}: B A has no higher rank than that"
-    named = _named(
-        found,
-        (
-            (budget // columns, "you count the A's alone: B is trained, too"),
-            (budget // rows, "you count the B's alone: A is trained, too"),
-            (budget // sum(out * into for out, into in shapes), "you divide by the frozen weights: divide by what rank 1 trains"),
-            (budget // sum(shapes[0]), "you count the first matrix alone: the budget is for all of them"),
-            (budget // sum(shapes[-1]), "you count the last matrix alone: the budget is for all of them"),
+EXERCISES["E2.5"] = Exercise(
+    largest_rank,
+    [
+        ([(60, 20), (30, 40)], 1000),
+        ([(60, 20), (30, 40)], 1050),  # exactly rank 7
+        ([(30, 4), (30, 30)], 5000),  # a side of 4 ends it
+        ([(30, 30), (4, 30)], 5000),
+        ([(25, 38), (19, 7), (33, 33)], 786),
+        ([(12, 40)], 105),
+        ([(8, 8), (8, 8)], 31),  # rank 1 takes 32
+        ([(100, 100)], 0),
+    ],
+    known(
+        "rank {found} is more than the budget: round down",
+        lambda shapes, budget: math.ceil(budget / lora_count(shapes, 1)),
+        "you count the A's alone: B is trained, too",
+        lambda shapes, budget: largest_rank(shapes, budget, sum(columns for _, columns in shapes)),
+        "you count the B's alone: A is trained, too",
+        lambda shapes, budget: largest_rank(shapes, budget, sum(rows for rows, _ in shapes)),
+        "you divide by the frozen weights: divide by what rank 1 trains",
+        lambda shapes, budget: budget // sum(rows * columns for rows, columns in shapes),
+        "you count the first matrix alone: the budget is for all of them",
+        lambda shapes, budget: largest_rank(shapes, budget, sum(shapes[0])),
+        "you count the last matrix alone: the budget is for all of them",
+        lambda shapes, budget: largest_rank(shapes, budget, sum(shapes[-1])),
+        "rank {found} is above the smallest side of all matrices, {limit}: B A has no higher rank "
+        "than that",
+        lambda shapes, budget: largest_rank(shapes, budget, limit=budget),
+        "rank {found} is above the smallest side of all matrices, {limit}: not only the first one "
+        "counts",
+        lambda shapes, budget: largest_rank(shapes, budget, limit=min(shapes[0])),
+        "rank {found} is above the smallest side of all matrices, {limit}: of each matrix the "
+        "smaller side counts",
+        lambda shapes, budget: largest_rank(shapes, budget, limit=min(map(max, shapes))),
+        "rank {expected} trains exactly the budget, {budget:,}, and that is allowed",
+        lambda shapes, budget: max(0, largest_rank(shapes, budget - 1)),
+        "a rank need not be a power of two: rank {expected} fits, too",
+        lambda shapes, budget: (
+            1 << rank.bit_length() - 1 if (rank := largest_rank(shapes, budget)) else 0
         ),
-    )
-    spent = f"rank {found:g} trains {costs[0]:,} weights of {budget:,}"
-    if named and costs[0] > budget:
-        return f"{spent}: {named}"
-    if costs[0] > budget:
-        return f"{spent}, more than the budget: round down"
-    if costs[2] == budget:
-        return f"{spent}, rank {found + 1:g} trains exactly {costs[2]:,}, and that is allowed"
-    if found == 2 ** (expected.bit_length() - 1):
-        return f"{spent}: a rank need not be a power of two, rank {expected} fits, too"
-    return f"{spent}, rank {expected} trains {costs[1]:,}: {named or 'take the largest rank that fits'}"
+        "a rank is a whole number: round down",
+        lambda shapes, budget: min(budget / lora_count(shapes, 1), min(map(min, shapes))),
+        "not even rank 1 fits: expected 0, found {found}",
+        lambda shapes, budget: max(1, largest_rank(shapes, budget)),
+        "a rank is never below 0, found {found}",
+        lambda shapes, budget: largest_rank(shapes, budget) or -1,
+        "the smallest side of all matrices, {limit}, is allowed as a rank",
+        lambda shapes, budget: largest_rank(shapes, budget, limit=min(map(min, shapes)) - 1),
+    ),
+    lambda shapes, budget: {"limit": min(map(min, shapes)), "one": lora_count(shapes, 1)},
+    "rank 1 trains {one:,} weights and {budget:,} are allowed: take the largest rank that fits, "
+    "{expected}, found {found}",
+)
 
 
 # E2.6 Merging
 
 
-def merge(weight: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    return torch.add(weight, b.mm(a), alpha=alpha / a.shape[0])
+def merge(weight, a, b, alpha, scale=right_scale):
+    return weight + scale(alpha, len(a)) * b @ a
 
 
-def merge_cases(rng: random.Random) -> Iterator[tuple]:
-    yield _whole(rng, 3, 4), _whole(rng, 2, 4), _whole(rng, 3, 2), 6
-    for _ in range(10):
-        rows, columns = rng.randint(2, 6), rng.randint(2, 6)
-        yield _matrix(rng, rows, columns), *_adapter(rng, rows, columns, rng.randint(1, 4))
-    yield _matrix(rng, 4, 3), _matrix(rng, 2, 3), torch.zeros(4, 2), 6  # B starts at zero
-
-
-def merge_symptom(found: list, expected: list, weight: Tensor, a: Tensor, b: Tensor, alpha: float) -> str | None:
-    product, rank = b @ a, len(a)
-    named = _wrong_shape(found, expected, "the shape of `weight`") or _named(
-        found,
-        (
-            (weight, "your result is the old weight: the update is missing"),
-            (alpha / rank * product, "your result is the update alone: add it to `weight`"),
-            (alpha / rank * (weight + product), "you scale the frozen weight, too: only the update is multiplied by alpha / r"),
-            (
-                weight * (1 - alpha / rank) + alpha / rank * product,
-                "you mix weight and update: the weight stays whole, the update comes on top",
-            ),
-        ),
-    )
-    if named:
-        return named
-    for size, words in ((len(weight), "out"), (weight.shape[1], "in")):
-        if size != rank and close(found, weight + alpha / size * product):
-            return f"you divide by {words}, {size}: r is the number of rows of a, {rank}"
-    return _wrong_scale(torch.tensor(found) - weight, product, alpha, rank)
+EXERCISES["E2.6"] = Exercise(
+    merge,
+    [
+        (whole(3, 4), whole(2, 4), whole(3, 2), 6),
+        *((matrix(o, i), *adapter(o, i, r)) for _, o, i, r in SIZES),
+        (matrix(4, 3), matrix(2, 3), torch.zeros(4, 2), 6),  # B starts at zero
+    ],
+    known(
+        *wrongly_scaled(merge),
+        "you divide by out: r is the number of rows of a",
+        lambda weight, a, b, alpha: merge(weight, a, b, alpha / len(b) * len(a)),
+        "you divide by in: r is the number of rows of a",
+        lambda weight, a, b, alpha: merge(weight, a, b, alpha / a.shape[1] * len(a)),
+        "your result is the old weight: the update is missing",
+        lambda weight, a, b, alpha: weight,
+        "your result is the update alone: add it to `weight`",
+        lambda weight, a, b, alpha: merge(0 * weight, a, b, alpha),
+        "you scale the frozen weight, too: only the update is multiplied by alpha / r",
+        lambda weight, a, b, alpha: alpha / len(a) * (weight + b @ a),
+        "you mix weight and update: the weight stays whole, the update comes on top",
+        lambda weight, a, b, alpha: torch.lerp(weight, b @ a, alpha / len(a)),
+        "your result is transposed: expected the shape of `weight`",
+        lambda *arguments: merge(*arguments).T,
+    ),
+)
 
 
 # E2.7 Blending
 
 
-def blend(weight: Tensor, adapters: list[Adapter], shares: list[float]) -> Tensor:
-    return weight + sum(share * (alpha / a.shape[0]) * b.mm(a) for (a, b, alpha), share in zip(adapters, shares, strict=True))
+def blend(weight, adapters, shares, factor=lambda k, share, scale, alpha: share * scale):
+    """factor: of the product B A of adapter k."""
+    parts = enumerate(zip(adapters, shares, strict=True))
+    return weight + sum(
+        factor(k, share, alpha / len(a), alpha) * b @ a for k, ((a, b, alpha), share) in parts
+    )
 
 
-def blend_cases(rng: random.Random) -> Iterator[tuple]:
-    same = [(_whole(rng, 2, 4), _whole(rng, 3, 2), 6) for _ in range(2)]
-    yield _whole(rng, 3, 4), same, [0.5, 0.25]
-    yield _matrix(rng, 3, 4), [_adapter(rng, 3, 4, 1), _adapter(rng, 3, 4, 3)], [0.5, 0.5]
-    for _ in range(10):
-        rows, columns, count = rng.randint(2, 5), rng.randint(2, 5), rng.randint(1, 4)
-        adapters = [_adapter(rng, rows, columns, rng.randint(1, 4)) for _ in range(count)]
-        yield _matrix(rng, rows, columns), adapters, [rng.choice((-1, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5)) for _ in range(count)]
-    yield _matrix(rng, 3, 3), [_adapter(rng, 3, 3, 3), _adapter(rng, 3, 3, 3)], [1.0, -1.0]  # shares that add up to zero
-    yield _matrix(rng, 2, 3), [], []
+def crossed(weight, adapters, shares):
+    a = sum(share * a for (a, _, _), share in zip(adapters, shares, strict=True))
+    b = sum(share * b for (_, b, _), share in zip(adapters, shares, strict=True))
+    return weight + adapters[0][2] / len(a) * b @ a
 
 
-def blend_symptom(found: list, expected: list, weight: Tensor, adapters: list[Adapter], shares: list[float]) -> str | None:
-    if not adapters:
-        return "without adapters the result is the weight"
-    wrong = _wrong_shape(found, expected, "the shape of `weight`")
-    if wrong:
-        return wrong
-    products = torch.stack([b @ a for a, b, _ in adapters])  # (K, out, in)
-    weights = torch.tensor(shares)
-    alphas, ranks = torch.tensor([[float(alpha), len(a)] for a, _, alpha in adapters]).T
-    scales = alphas / ranks
-    right, count, total = weights * scales, len(adapters), sum(shares)
-    if len(set(ranks.tolist())) == 1 and count > 1:
-        for factors in (shares, [1 / count] * count, [1.0] * count):
-            mean_a = sum(factor * a for factor, (a, _, _) in zip(factors, adapters, strict=True))
-            mean_b = sum(factor * b for factor, (_, b, _) in zip(factors, adapters, strict=True))
-            if any(close(found, weight + scale * mean_b @ mean_a) for scale in (*scales, 1.0)):
-                return (
-                    "you blend the A's and the B's apart and multiply the two blends: the product then has cross terms, "
-                    "the B of one adapter times the A of another; blend the products B A"
-                )
-    blended = torch.tensor(expected)
-    wrong = _named(
-        found,
-        (
-            (weight, "your result is the old weight: the updates are missing"),
-            (blended - weight, "your result is the updates alone: add them to `weight`"),
-            (
-                blended + (total - 1) * weight,
-                f"you blend merged weights: `weight` is counted {total:g} times, the sum of the shares",
+CROSSED = (
+    "you blend the A's and the B's apart and multiply the two blends: the product then has cross "
+    "terms, "
+    "the B of one adapter times the A of another; blend the products B A"
+)
+EXERCISES["E2.7"] = Exercise(
+    blend,
+    [
+        (whole(3, 4), [(whole(2, 4), whole(3, 2), 6) for _ in range(2)], [0.5, 0.25]),
+        (matrix(3, 4), [adapter(3, 4, 1), adapter(3, 4, 3)], [0.5, 0.5]),
+        (matrix(2, 5), [adapter(2, 5, r) for r in (4, 2, 1, 2)], [1.5, -1, 0.25, 0.0]),
+        (matrix(4, 2), [adapter(4, 2, 2)], [-0.5]),
+        (matrix(3, 3), [adapter(3, 3, 3), adapter(3, 3, 3)], [1.0, -1.0]),
+        (matrix(2, 3), [], []),
+    ],
+    known(
+        CROSSED,
+        crossed,
+        f"{CROSSED} with their shares",
+        lambda weight, adapters, shares: crossed(
+            weight, adapters, [1 / len(adapters)] * len(adapters)
+        ),
+        "your result is the old weight: the updates are missing",
+        lambda weight, adapters, shares: weight,
+        "your result is the updates alone: add them to `weight`",
+        lambda weight, adapters, shares: blend(0 * weight, adapters, shares),
+        "you blend merged weights: `weight` is counted {total:g} times, the sum of the shares",
+        lambda weight, adapters, shares: blend(sum(shares) * weight, adapters, shares),
+        "`weight` is added {count} times, once for each adapter: add it once",
+        lambda weight, adapters, shares: blend(len(shares) * weight, adapters, shares),
+        "your shares are squared: does a share multiply A and B both? once is enough",
+        partial(blend, factor=lambda k, share, scale, alpha: share**2 * scale),
+        "your shares are missing: each update is multiplied by its own",
+        partial(blend, factor=lambda k, share, scale, alpha: scale),
+        "your updates are not scaled: each has its own alpha / r",
+        partial(blend, factor=lambda k, share, scale, alpha: share),
+        "shares and scales are missing: A's and B's laid side by side give the plain sum of all B "
+        "A",
+        partial(blend, factor=lambda k, share, scale, alpha: 1),
+        "alpha is not divided by r: each adapter has its own r, the number of rows of its a",
+        partial(blend, factor=lambda k, share, scale, alpha: share * alpha),
+        "only the first adapter is used",
+        partial(blend, factor=lambda k, share, scale, alpha: share * scale * (k == 0)),
+        "only the last adapter is used",
+        lambda weight, adapters, shares: blend(weight, adapters[-1:], shares[-1:]),
+        "all updates have the scale of the first adapter: each has its own alpha / r",
+        lambda weight, adapters, shares: blend(
+            weight,
+            adapters,
+            shares,
+            lambda k, share, *rest: share * adapters[0][2] / len(adapters[0][0]),
+        ),
+        "all updates have the scale of the last adapter: each has its own alpha / r",
+        lambda weight, adapters, shares: blend(
+            weight,
+            adapters,
+            shares,
+            lambda k, share, *rest: share * adapters[-1][2] / len(adapters[-1][0]),
+        ),
+        "you divide by the sum of the shares, {total:g}: take the shares as they are",
+        lambda weight, adapters, shares: blend(
+            weight, adapters, [share / sum(shares) for share in shares]
+        ),
+        "you divide by the number of adapters: take the shares as they are",
+        lambda weight, adapters, shares: blend(
+            weight, adapters, [share / len(shares) for share in shares]
+        ),
+        "you divide alpha by the sum of all ranks: each adapter has its own r",
+        lambda weight, adapters, shares: blend(
+            weight,
+            adapters,
+            shares,
+            lambda k, share, scale, alpha: (
+                share * adapters[0][2] / sum(len(a) for a, _, _ in adapters)
             ),
-            (blended + (count - 1) * weight, f"`weight` is added {count} times, once for each adapter: add it once"),
         ),
-    )
-    mistakes = (
-        (weights * right, "your shares are squared: does a share multiply A and B both? once is enough"),
-        (scales, "your shares are missing: each update is multiplied by its own"),
-        (weights, "your updates are not scaled: each has its own alpha / r"),
-        (torch.ones(count), "shares and scales are missing: A's and B's laid side by side give the plain sum of all B A"),
-        (weights * alphas, "alpha is not divided by r: each adapter has its own r, the number of rows of its a"),
-        (weights * scales[0], "all updates have the scale of the first adapter: each has its own alpha / r"),
-        (weights * scales[-1], "all updates have the scale of the last adapter: each has its own alpha / r"),
-        (right / (total or 1), f"you divide by the sum of the shares, {total:g}: take the shares as they are"),
-        (
-            right / count,
-            "you divide by the number of adapters, or by the sum of all ranks: the shares as they are, alpha by its own r",
+        "without adapters the result is the weight",
+        lambda weight, adapters, shares: (
+            blend(weight, adapters, shares) if adapters else 0 * weight
         ),
-        (right * (torch.arange(count) == 0), "only the first adapter is used"),
-        (right * (torch.arange(count) == count - 1), "only the last adapter is used"),
-    )
-    return wrong or _named(found, ((weight + torch.tensordot(factors, products, 1), sentence) for factors, sentence in mistakes))
+    ),
+    lambda weight, adapters, shares: {"total": sum(shares), "count": len(adapters)},
+)
 
 
 # E2.8 Batch fusion
 
 
-def fused(x: Tensor, job: list[int], weight: Tensor, adapters: list[Adapter]) -> Tensor:
-    return torch.stack([merge(weight, *adapters[own]) @ row for row, own in zip(x, job, strict=True)])
+def fused(x, job, weight, adapters, scale=right_scale, own=lambda i, job: job[i]):
+    """own: the adapter of row i, or None."""
+    y = x @ weight.T
+    for i, row in enumerate(x):
+        if own(i, job) is not None:
+            a, b, alpha = adapters[own(i, job)]
+            y[i] += scale(alpha, len(a)) * (b @ (a @ row))
+    return y
 
 
-def fused_cases(rng: random.Random) -> Iterator[tuple]:
-    yield (
-        _whole(rng, 4, 3),
-        [0, 1, 1, 0],
-        _whole(rng, 2, 3),
-        [(_whole(rng, 2, 3), _whole(rng, 2, 2), 6), (_whole(rng, 1, 3), _whole(rng, 2, 1), 2)],
-    )
-    yield _matrix(rng, 4, 3), [2, 0, 2, 0], _matrix(rng, 5, 3), [_adapter(rng, 5, 3, rank) for rank in (2, 1, 3)]  # no row of job 1
-    for _ in range(10):
-        count, rows, columns, jobs = rng.randint(1, 6), rng.randint(2, 5), rng.randint(2, 5), rng.randint(1, 4)
-        adapters = [_adapter(rng, rows, columns, rng.randint(1, 4)) for _ in range(jobs)]
-        yield _matrix(rng, count, columns), [rng.randrange(jobs) for _ in range(count)], _matrix(rng, rows, columns), adapters
-    yield _matrix(rng, 3, 3), [1, 1, 1], _matrix(rng, 3, 3), [_adapter(rng, 3, 3, 3), _adapter(rng, 3, 3, 3)]
-    yield _matrix(rng, 3, 2), [0, 1, 0], _matrix(rng, 2, 2), [_adapter(rng, 2, 2, 1), (_matrix(rng, 1, 2), torch.zeros(2, 1), 2)]
-
-
-def fused_symptom(found: list, expected: list, x: Tensor, job: list[int], weight: Tensor, adapters: list[Adapter]) -> str | None:
-    wrong = _wrong_shape(found, expected, "(N, out)")
-    if wrong:
-        return wrong
-    base, right, count = x @ weight.T, torch.tensor(expected), len(adapters)
-    products = [x @ a.T @ b.T for a, b, _ in adapters]
-    updates = [alpha / len(a) * product for (a, _, alpha), product in zip(adapters, products, strict=True)]
-    order = sorted(range(len(job)), key=lambda row: job[row])
-    named = _named(
-        found,
+EXERCISES["E2.8"] = Exercise(
+    fused,
+    [
         (
-            (base, "your rows are x W^T alone: the updates are missing (`job` is a list, so `job == i` is no mask)"),
-            (right - base, "your rows are the updates alone: the frozen layer, x W^T, is missing"),
-            (right[order], "your rows come back sorted by job: put each back into its own place"),
-            (base + sum(updates), "every row gets the updates of all jobs: each row gets that of its own job alone"),
-            (
-                right + (count - 1) * base,
-                f"x W^T is added {count} times, once for each job: the frozen layer is computed once, for all rows",
-            ),
+            *(whole(4, 3), [0, 1, 1, 0], whole(2, 3)),
+            [(whole(2, 3), whole(2, 2), 6), (whole(1, 3), whole(2, 1), 2)],
         ),
-    )
-    if named:
-        return named
-    result = torch.tensor(found)
-    for i, own in enumerate(job):
-        if close(result[i], right[i]):
-            continue
-        if close(result[i], base[i]):
-            return f"row {i} gets no update: it belongs to job {own}"
-        for other in range(count):
-            if close(result[i], base[i] + updates[other][i]):
-                return f"row {i} belongs to job {own} and gets the update of job {other}: `job` says which row belongs to which job"
-        a, _, alpha = adapters[own]
-        wrong = _wrong_scale(result[i] - base[i], products[own][i], alpha, len(a), f"update of row {i}, job {own},")
-        return wrong or f"row {i} is not x W^T plus the update of its job, {own}"
-    return None
-
-
-EXERCISES = {
-    "E2.1": Exercise(rank_for, rank_for_cases, rank_for_symptom),
-    "E2.2": Exercise(lora_count, lora_count_cases, lora_count_symptom),
-    "E2.3": Exercise(lora, lora_cases, lora_symptom),
-    "E2.4": Exercise(gradients, gradients_cases, gradients_symptom),
-    "E2.5": Exercise(largest_rank, largest_rank_cases, largest_rank_symptom),
-    "E2.6": Exercise(merge, merge_cases, merge_symptom),
-    "E2.7": Exercise(blend, blend_cases, blend_symptom),
-    "E2.8": Exercise(fused, fused_cases, fused_symptom),
-}
+        (matrix(4, 3), [2, 0, 2, 0], matrix(5, 3), [adapter(5, 3, r) for r in (2, 1, 3)]),
+        (matrix(6, 2), [1, 3, 3, 0, 1, 2], matrix(4, 2), [adapter(4, 2, r) for r in (1, 4, 2, 3)]),
+        (matrix(1, 5), [1], matrix(2, 5), [adapter(2, 5, 2), adapter(2, 5, 1)]),
+        (matrix(3, 3), [1, 1, 1], matrix(3, 3), [adapter(3, 3, 3) for _ in range(2)]),
+    ],
+    known(
+        *wrongly_scaled(fused),
+        "every row gets the updates of all jobs: each row gets that of its own job alone",
+        lambda x, job, weight, adapters: (
+            fused(x, job, weight, [])
+            if not adapters
+            else sum(
+                fused(x, job, weight, adapters, own=lambda *_, k=k: k) for k in range(len(adapters))
+            )
+            - (len(adapters) - 1) * x @ weight.T
+        ),
+        "every row gets the update of the first job: `job` says which row belongs to which job",
+        partial(fused, own=lambda i, job: 0),
+        "your rows get the updates as if they came sorted by job: `job` says which row belongs to "
+        "which job",
+        partial(fused, own=lambda i, job: sorted(job)[i]),
+        "your adapters are counted over the jobs that have rows: `job[i]` is the place in "
+        "`adapters`",
+        partial(fused, own=lambda i, job: sorted({*job}).index(job[i])),
+        "only the rows of the first job get an update",
+        partial(fused, own=lambda i, job: None if job[i] else 0),
+        "only the first row of each job gets its update: a job may have several rows",
+        partial(fused, own=lambda i, job: job[i] if job.index(job[i]) == i else None),
+        "your rows are x W^T alone: the updates are missing (`job` is a list, so `job == i` is no "
+        "mask)",
+        partial(fused, own=lambda i, job: None),
+        "your rows are the updates alone: the frozen layer, x W^T, is missing",
+        lambda x, job, weight, adapters: fused(x, job, 0 * weight, adapters),
+        "your rows come back sorted by job: put each back into its own place",
+        lambda x, job, weight, adapters: fused(x, job, weight, adapters)[
+            sorted(range(len(job)), key=lambda row: job[row])
+        ],
+        "x W^T is added {count} times, once for each job: the frozen layer is computed once, for "
+        "all rows",
+        lambda x, job, weight, adapters: (
+            fused(x, job, weight, adapters) + (len(adapters) - 1) * x @ weight.T
+        ),
+        "all updates have the scale of the first adapter: each job has its own alpha / r",
+        lambda x, job, weight, adapters: fused(
+            x, job, weight, adapters, scale=lambda *_: adapters[0][2] / len(adapters[0][0])
+        ),
+        "your result is transposed: expected (N, out)",
+        lambda *arguments: fused(*arguments).T,
+    ),
+    lambda x, job, weight, adapters: {"count": len(adapters)},
+    "each row is x W^T plus the update of its own job, and of no other",
+)

@@ -24,7 +24,9 @@ def main() -> None:
     english = [record for record in records if record["language"] == "English"]
     kinds = Counter(record["kind"] for record in records)
     english_kinds = Counter(record["kind"] for record in english)
-    first = Counter(re.match(r"\W*(\w+)", record["instruction"]).group(1).lower() for record in english)
+    first = Counter(
+        re.match(r"\W*(\w+)", record["instruction"]).group(1).lower() for record in english
+    )
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 6.5), layout="constrained")
 
     names = [kind for kind, _ in kinds.most_common()]
@@ -41,7 +43,9 @@ def main() -> None:
     left.set_title(f"{len(records)} records of {len(kinds)} kinds", color=INK)
 
     lengths = [len(re.findall(r"\w+", record["output"])) for record in english]
-    middle.hist(lengths, bins=[1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 135], color=GOOD, edgecolor="white")
+    middle.hist(
+        lengths, bins=[1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 135], color=GOOD, edgecolor="white"
+    )
     middle.set_xscale("log")
     middle.set(
         xticks=[1, 3, 10, 30, 100],
@@ -56,7 +60,9 @@ def main() -> None:
     share = sum(count for _, count in words) / len(english)
     right.barh([word for word, _ in words], [count for _, count in words], color=GOOD)
     right.invert_yaxis()
-    right.set_title(f"{len(first)} different first words; these {FIRST_WORDS} open {share:.0%}", color=INK)
+    right.set_title(
+        f"{len(first)} different first words; these {FIRST_WORDS} open {share:.0%}", color=INK
+    )
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(DATA / "composition.png", dpi=80, metadata={"Software": None})

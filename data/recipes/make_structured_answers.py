@@ -4,10 +4,10 @@ Every record is a short question whose answer is a small JSON object:
 
     What is the capital of France?   ->   {"answer": "Paris", "topic": "capital"}
 
-There are ten topics ("sum" includes subtraction). Within a topic both the entities (France) and the phrasings
-("What is the capital of ...?") are divided over the splits, so a validation or test question uses an entity and a
-wording that training never shows.
-Nothing is random: run the script again and you get the same file, byte for byte.
+There are ten topics ("sum" includes subtraction). Within a topic both the entities (France) and the
+phrasings ("What is the capital of ...?") are divided over the splits, so a validation or test
+question uses an entity and a wording that training never shows. Nothing is random: run the script
+again and you get the same file, byte for byte.
 
     python data/recipes/make_structured_answers.py
 """
@@ -47,7 +47,9 @@ def pairs(text: str) -> Facts:
 def groups(text: str) -> Facts:
     """Read lines of the form "answer: entity, entity, ..."."""
     lines = [line.strip().split(": ") for line in text.strip().splitlines()]
-    return [(entity.strip(), answer) for answer, entities in lines for entity in entities.split(",")]
+    return [
+        (entity.strip(), answer) for answer, entities in lines for entity in entities.split(",")
+    ]
 
 
 def sums(text: str) -> Facts:
@@ -55,12 +57,16 @@ def sums(text: str) -> Facts:
     facts = []
     for entity in (item.strip() for item in text.split(",")):
         left, sign, right = entity.split()
-        facts.append((entity, str(int(left) + int(right) if sign == "+" else int(left) - int(right))))
+        facts.append(
+            (entity, str(int(left) + int(right) if sign == "+" else int(left) - int(right)))
+        )
     return facts
 
 
 def steps(text: str) -> Facts:
-    """Read "Monday+1, May-2, ..." (so many days or months later or earlier) and compute the answers."""
+    """Read "Monday+1, May-2, ..." (so many days or months later or earlier) and compute the
+    answers.
+    """
     facts = []
     for item in (item.strip() for item in text.split(",")):
         start, step = item[:-2], int(item[-2:])
@@ -71,9 +77,10 @@ def steps(text: str) -> Facts:
     return facts
 
 
-# The facts. Left out on purpose: whatever has two right answers, such as countries with two capitals or on two
-# continents, nouns with two plurals (scarf, mango), verbs with two past forms (learn, sink), words with several
-# opposites (old, right, short) and things with several usual colors (apple, rose).
+# The facts. Left out on purpose: whatever has two right answers, such as countries with two
+# capitals or on two continents, nouns with two plurals (scarf, mango), verbs with two past forms
+# (learn, sink), words with several opposites (old, right, short) and things with several usual
+# colors (apple, rose).
 FACTS: dict[str, dict[str, Facts]] = {
     "capital": {
         "train": pairs("""
@@ -186,8 +193,12 @@ FACTS: dict[str, dict[str, Facts]] = {
             7 + 8, 8 + 9, 9 + 6, 3 + 9, 2 + 9, 10 + 5, 10 + 8, 1 + 7, 4 + 5, 5 + 3, 11 + 4,
             5 - 2, 6 - 1, 7 - 5, 8 - 3, 8 - 5, 9 - 2, 9 - 8, 10 - 4, 10 - 5, 11 - 3, 12 - 4, 12 - 6, 13 - 5, 14 - 6,
             15 - 8, 16 - 9, 18 - 9, 20 - 10"""),
-        "validation": sums("3 + 4, 8 + 5, 6 + 6, 9 + 7, 10 + 2, 4 + 8, 1 + 9, 7 - 3, 11 - 5, 9 - 6, 14 - 7, 10 - 8"),
-        "test": sums("7 + 5, 6 + 3, 8 + 8, 9 + 4, 2 + 6, 10 + 7, 5 + 9, 9 - 4, 12 - 5, 8 - 2, 15 - 6, 10 - 3"),
+        "validation": sums(
+            "3 + 4, 8 + 5, 6 + 6, 9 + 7, 10 + 2, 4 + 8, 1 + 9, 7 - 3, 11 - 5, 9 - 6, 14 - 7, 10 - 8"
+        ),
+        "test": sums(
+            "7 + 5, 6 + 3, 8 + 8, 9 + 4, 2 + 6, 10 + 7, 5 + 9, 9 - 4, 12 - 5, 8 - 2, 15 - 6, 10 - 3"
+        ),
     },
     "color": {
         "train": groups("""
@@ -257,8 +268,8 @@ FACTS: dict[str, dict[str, Facts]] = {
     },
 }
 
-# The phrasings: {e} is the entity, {a} the entity after "a" or "an", {w} a sum in words ("7 plus 5").
-# A phrasing without a slot leaves the entity to the record's "input" field.
+# The phrasings: {e} is the entity, {a} the entity after "a" or "an", {w} a sum in words ("7 plus
+# 5"). A phrasing without a slot leaves the entity to the record's "input" field.
 PHRASINGS: dict[str, dict[str, list[str]]] = {
     "capital": {
         "train": [
@@ -360,7 +371,8 @@ PHRASINGS: dict[str, dict[str, list[str]]] = {
             "Change the verb below to its past tense form.",
         ],
         "validation": [
-            "I want to tell a story about last week with the verb {e}. Which past tense form do I need?",
+            "I want to tell a story about last week with the verb {e}. Which past tense form do I "
+            "need?",
             'Complete the row: infinitive "to {e}", simple past ____.',
             "Here is a verb. How does it look in the past tense?",
         ],
@@ -470,7 +482,8 @@ PHRASINGS: dict[str, dict[str, list[str]]] = {
             "Write the abbreviation used in chemistry for the element below.",
         ],
         "validation": [
-            "My chemistry book mentions {e}. Which abbreviation should I look for in the table of elements?",
+            "My chemistry book mentions {e}. Which abbreviation should I look for in the table of "
+            "elements?",
             "Fill in the symbol: on the periodic table, {e} appears as ____.",
             "An element is named here; answer with the short form that chemists use.",
         ],
@@ -493,11 +506,15 @@ def question(phrasing: str, entity: str) -> tuple[str, str]:
 
 
 def records_of(topic: str) -> list[dict[str, str]]:
-    """Return all records of a topic; when the entities run out, the first ones come again with another phrasing."""
+    """Return all records of a topic; when the entities run out, the first ones come again with
+    another phrasing.
+    """
     records, number = [], 0
     for split, size in SIZES.items():
         facts, phrasings = FACTS[topic][split], PHRASINGS[topic][split]
-        assert size / 2 <= len(facts) <= size, f"{topic}, {split}: {len(facts)} facts for {size} records"
+        assert size / 2 <= len(facts) <= size, (
+            f"{topic}, {split}: {len(facts)} facts for {size} records"
+        )
         for index in range(size):
             lap, place = divmod(index, len(facts))
             entity, answer = facts[place]
@@ -520,7 +537,9 @@ def records_of(topic: str) -> list[dict[str, str]]:
 
 
 def check_facts() -> None:
-    """Stop when an entity occurs twice in a topic, or the same fact, in another shape, in two splits."""
+    """Stop when an entity occurs twice in a topic, or the same fact, in another shape, in two
+    splits.
+    """
     seen: dict[str, str] = {}  # what must stay within one split -> the split
     for topic, splits in FACTS.items():
         entities = [entity for facts in splits.values() for entity, _ in facts]
@@ -528,7 +547,9 @@ def check_facts() -> None:
         for split, facts in splits.items():
             for entity, answer in facts:
                 kind = "country" if topic in ("capital", "continent") else topic
-                parts = {"opposite": {entity, answer}, "sum": set(entity.split())}.get(topic, {entity})
+                parts = {"opposite": {entity, answer}, "sum": set(entity.split())}.get(
+                    topic, {entity}
+                )
                 key = f"{kind}: {sorted(parts)}"
                 assert seen.setdefault(key, split) == split, f"{key} is in two splits"
 
@@ -536,7 +557,9 @@ def check_facts() -> None:
 def render() -> str:
     """Return the text of the data file: a JSON list with one record per line."""
     check_facts()
-    lines = [json.dumps(record, ensure_ascii=False) for topic in FACTS for record in records_of(topic)]
+    lines = [
+        json.dumps(record, ensure_ascii=False) for topic in FACTS for record in records_of(topic)
+    ]
     return "[\n " + ",\n ".join(lines) + "\n]\n"
 
 

@@ -1,9 +1,11 @@
-"""Select data/retention.json: the candidate questions that the untouched SmolLM2-135M-Instruct answers in its chat template.
+"""Select data/retention.json: the candidate questions that the untouched SmolLM2-135M-Instruct
+answers in its chat template.
 
     python data/recipes/select_retention.py        # about a minute on two CPU cores
 
-A question stays if the first evaluation.REPLY_TOKENS tokens of the greedy reply contain one of its answers as whole words. The
-replies were then read, and fifteen questions whose answer stood in a wrong reply by accident were taken out of the candidates.
+A question stays if the first evaluation.REPLY_TOKENS tokens of the greedy reply contain one of its
+answers as whole words. The replies were then read, and fifteen questions whose answer stood in a
+wrong reply by accident were taken out of the candidates.
 """
 
 import json
@@ -26,7 +28,10 @@ def main() -> None:
     random.Random(0).shuffle(chosen)  # so that the first hundred are a fair mixture of fields
     lines = ",\n".join(" " + json.dumps(row, ensure_ascii=False) for row in chosen)
     TARGET.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    print(f"{len(rows)} candidates = {len(chosen)} kept + {len(rows) - len(chosen)} not answered; wrote {TARGET.name}")
+    print(
+        f"{len(rows)} candidates = {len(chosen)} kept + {len(rows) - len(chosen)} not answered; "
+        f"wrote {TARGET.name}"
+    )
     for row, reply, kept in zip(rows, score.replies, score.kept, strict=True):
         print("kept " if kept else "     ", row["question"], "->", reply)
 

@@ -1,11 +1,13 @@
 """Batches: grouping by length and packing against random padding.
 
-Real tokens a second (padding does not count) of whole training steps: collating, forward, backward, clipping, AdamW. Both arms of
-a comparison train on the same examples. Random padding takes them in batches of 8, packing in rows of at most 512 tokens, two rows
-a step, which is again about eight examples. The ceiling is 1 / (the share of real tokens in random padding): what a way would gain
-that does without filler and costs nothing. Packing is timed on the batch of a shuffled epoch whose share of real tokens is nearest
-to that of the whole epoch; packed it takes two steps, so AdamW runs twice. Grouping needs more batches to show: it is timed with
-`tiny`, on eight batches drawn from a grouped epoch. Records of more than 512 tokens are left out.
+Real tokens a second (padding does not count) of whole training steps: collating, forward, backward,
+clipping, AdamW. Both arms of a comparison train on the same examples. Random padding takes them in
+batches of 8, packing in rows of at most 512 tokens, two rows a step, which is again about eight
+examples. The ceiling is 1 / (the share of real tokens in random padding): what a way would gain
+that does without filler and costs nothing. Packing is timed on the batch of a shuffled epoch whose
+share of real tokens is nearest to that of the whole epoch; packed it takes two steps, so AdamW runs
+twice. Grouping needs more batches to show: it is timed with `tiny`, on eight batches drawn from a
+grouped epoch. Records of more than 512 tokens are left out.
 """
 
 import random
@@ -31,11 +33,16 @@ def read(name: str) -> list[alpaca.Record]:
     if name == "instructions.json":
         return alpaca.read_records(runtime.data_folder() / name, extra=("kind", "language")).records
     if not SEED_TASKS.is_file():
-        pytest.skip("seed_tasks.jsonl, Self-Instruct's 175 tasks, is not in ../shared/data beside the checkout")
+        pytest.skip(
+            "seed_tasks.jsonl, Self-Instruct's 175 tasks, is not in ../shared/data beside the "
+            "checkout"
+        )
     return alpaca.read_seed_tasks(SEED_TASKS).records
 
 
-def load(model: str, data: str, machine: runtime.Machine) -> tuple[models.Loaded, list[batching.Example]]:
+def load(
+    model: str, data: str, machine: runtime.Machine
+) -> tuple[models.Loaded, list[batching.Example]]:
     base = models.load(model, machine)
     assert base.name == model, base.origin
     return base, batching.encode_records(read(data), base.tokenizer, ROW_TOKENS).examples
@@ -46,9 +53,15 @@ def slices(items: Sequence, size: int) -> list[Sequence]:
 
 
 def steps_over(
-    base: models.Loaded, optimizer: torch.optim.Optimizer, collate: Callable, batches: list[Sequence]
+    base: models.Loaded,
+    optimizer: torch.optim.Optimizer,
+    collate: Callable,
+    batches: list[Sequence],
 ) -> Callable[[], tuple[float, tuple[int, int, int]]]:
-    """An arm: a training step on each of the batches. Its work: examples, real tokens, supervised tokens."""
+    """An arm: a training step on each of the batches.
+
+    Its work: examples, real tokens, supervised tokens.
+    """
     examples = [example for batch in batches for example in flat(batch)]
 
     def arm() -> tuple[float, tuple[int, int, int]]:
@@ -69,7 +82,11 @@ def steps_over(
 
 def flat(examples: Sequence) -> list[batching.Example]:
     """The examples of a padded batch or of packed rows."""
-    return [example for item in examples for example in ([item] if isinstance(item, batching.Example) else item)]
+    return [
+        example
+        for item in examples
+        for example in ([item] if isinstance(item, batching.Example) else item)
+    ]
 
 
 def losses(base: models.Loaded, collate: Callable, batches: list[Sequence]) -> dict[int, float]:
@@ -78,7 +95,9 @@ def losses(base: models.Loaded, collate: Callable, batches: list[Sequence]) -> d
     found = {}
     for examples in batches:
         with torch.inference_mode():
-            logits, right = objective.supervised_logits(base.model, collate(examples, base.tokenizer.pad_token_id))
+            logits, right = objective.supervised_logits(
+                base.model, collate(examples, base.tokenizer.pad_token_id)
+            )
             token_losses = torch.nn.functional.cross_entropy(logits, right, reduction="none")
         counts = [len(example.supervised_ids) for example in flat(examples)]
         for example, part in zip(flat(examples), token_losses.split(counts), strict=True):
@@ -93,9 +112,20 @@ def test_packing_leaves_almost_no_padding(data, machine, row):
     shuffled = random.Random(SEED).sample(lengths, len(lengths))
     grouped = [lengths[index] for index in batching.length_grouped_order(lengths, BATCH, SEED)]
     packed = [sum(map(len, examples)) for examples in batching.pack(examples, ROW_TOKENS)]
-    row(f"{data}, whole: real tokens, random order", 100 * batching.real_token_share(shuffled, BATCH), "%")
-    row(f"{data}, whole: real tokens, grouped", 100 * batching.real_token_share(grouped, BATCH), "%")
-    row(f"{data}, whole: real tokens, packed", 100 * batching.real_token_share(packed, ROWS_A_STEP), "%", at_least=98)
+    row(
+        f"{data}, whole: real tokens, random order",
+        100 * batching.real_token_share(shuffled, BATCH),
+        "%",
+    )
+    row(
+        f"{data}, whole: real tokens, grouped", 100 * batching.real_token_share(grouped, BATCH), "%"
+    )
+    row(
+        f"{data}, whole: real tokens, packed",
+        100 * batching.real_token_share(packed, ROWS_A_STEP),
+        "%",
+        at_least=98,
+    )
 
 
 def padded_share(examples: Sequence[batching.Example]) -> float:
@@ -117,7 +147,10 @@ def test_packing_reaches_most_of_the_ceiling(data, machine, row):
     tokens, real = sum(map(len, examples)), padded_share(examples)
     padded = slices(examples, BATCH)
     packed = slices(batching.pack(examples, ROW_TOKENS), ROWS_A_STEP)
-    apart, together = losses(base, batching.collate, padded), losses(base, batching.collate_packed, packed)
+    apart, together = (
+        losses(base, batching.collate, padded),
+        losses(base, batching.collate_packed, packed),
+    )
     differences = [abs(apart[example] - together[example]) for example in apart]
     assert apart.keys() == together.keys()
     assert len(apart) == len(examples)

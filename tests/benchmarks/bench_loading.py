@@ -1,8 +1,8 @@
 """Loading models and the package.
 
-A model is loaded as the notebooks do it, checksums included. Cold: the kernel was asked to drop the model's files from its page
-cache, and the bytes read from storage say that it did. The seconds of `import course_lib` are those of a new interpreter, less
-those of one that imports nothing.
+A model is loaded as the notebooks do it, checksums included. Cold: the kernel was asked to drop the
+model's files from its page cache, and the bytes read from storage say that it did. The seconds of
+`import course_lib` are those of a new interpreter, less those of one that imports nothing.
 """
 
 import gc
@@ -61,9 +61,16 @@ def test_a_model_is_loaded(name, machine, row):
 def test_the_package_is_imported(row):
     def python(code: str) -> tuple[float, str]:
         start = perf_counter()
-        printed = subprocess.run([sys.executable, "-c", f"{code}; print('done')"], check=True, capture_output=True, text=True)
+        printed = subprocess.run(
+            [sys.executable, "-c", f"{code}; print('done')"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         return perf_counter() - start, printed.stdout
 
-    rounds = interleaved({"nothing": lambda: python("pass"), "package": lambda: python("import course_lib")})
+    rounds = interleaved(
+        {"nothing": lambda: python("pass"), "package": lambda: python("import course_lib")}
+    )
     both = zip(rounds.seconds["package"], rounds.seconds["nothing"], strict=True)
     row("`import course_lib`", [package - nothing for package, nothing in both], "s")

@@ -1,15 +1,18 @@
-"""LoRA: the course's own against peft's and against full fine-tuning; checkpointed activations, fused jobs, merged weights.
+"""LoRA: the course's own against peft's and against full fine-tuning; checkpointed activations,
+fused jobs, merged weights.
 
-SmolLM2-135M in float32 on the task of the week. A step is collating, forward, backward, clipping and AdamW, with the course's loss
-in every arm. A run is 4 steps on batches of 4 random records; tokens are real ones, without padding. LoRA has rank 8 and alpha 16,
-and B is filled with random numbers, so that an adapter does something. peft's layers have the same A and B, from a file that the
-course wrote.
+SmolLM2-135M in float32 on the task of the week. A step is collating, forward, backward, clipping
+and AdamW, with the course's loss in every arm. A run is 4 steps on batches of 4 random records;
+tokens are real ones, without padding. LoRA has rank 8 and alpha 16, and B is filled with random
+numbers, so that an adapter does something. peft's layers have the same A and B, from a file that
+the course wrote.
 
-Activations are what autograd holds when the forward pass ends (`memory.activation_bytes`); in the backward pass of a checkpointed
-model the activations of one block come on top.
+Activations are what autograd holds when the forward pass ends (`memory.activation_bytes`); in the
+backward pass of a checkpointed model the activations of one block come on top.
 
-Fused are four jobs on q and v, a topic of the task and a rank each (4, 8, 8 and 16), in batches of one record. Apart, each job is
-trained to its end before the next begins. A fused batch pads all records to its longest one.
+Fused are four jobs on q and v, a topic of the task and a rank each (4, 8, 8 and 16), in batches of
+one record. Apart, each job is trained to its end before the next begins. A fused batch pads all
+records to its longest one.
 """
 
 import copy
@@ -22,7 +25,17 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from course_lib import batching, evaluation, fusion, lora, memory, models, objective, peft_format, runtime
+from course_lib import (
+    batching,
+    evaluation,
+    fusion,
+    lora,
+    memory,
+    models,
+    objective,
+    peft_format,
+    runtime,
+)
 from tests.benchmarks.bench_batching import slices, steps_over
 from tests.benchmarks.bench_training import encoded
 from tests.benchmarks.measuring import Arm, interleaved
@@ -74,7 +87,10 @@ def steps(base: models.Loaded, batches: list[list[batching.Example]]) -> Arm:
 def losses(base: models.Loaded, batches: list[list[batching.Example]]) -> list[float]:
     with torch.inference_mode():
         return [
-            objective.supervised_loss(base.model, batching.collate(batch, base.tokenizer.pad_token_id)).item() for batch in batches
+            objective.supervised_loss(
+                base.model, batching.collate(batch, base.tokenizer.pad_token_id)
+            ).item()
+            for batch in batches
         ]
 
 
@@ -96,13 +112,27 @@ def test_a_step_is_as_fast_as_pefts(targets, base, batches, tmp_path, row):
     row(f"{targets}: peft", rounds.rates("peft", tokens), "tokens/s")
     row(f"{targets}: ours", rounds.rates("ours", tokens), "tokens/s")
     row(f"{targets}: ours / peft", rounds.times_faster("ours", than="peft"), "times", at_least=0.98)
-    row(f"{targets}: largest difference in a batch's loss, at the start", at_the_start, "nats", at_most=1e-5)
-    row(f"{targets}: and after all steps", largest_difference(after, losses(theirs, batches)), "nats", at_most=1e-5)
+    row(
+        f"{targets}: largest difference in a batch's loss, at the start",
+        at_the_start,
+        "nats",
+        at_most=1e-5,
+    )
+    row(
+        f"{targets}: and after all steps",
+        largest_difference(after, losses(theirs, batches)),
+        "nats",
+        at_most=1e-5,
+    )
 
 
 def test_lora_is_faster_than_full_fine_tuning(base, batches, row):
     full = dataclasses.replace(base, model=copy.deepcopy(base.model))
-    arms = {"full": full, "q,v": with_lora(base, "q,v"), "all-linear": with_lora(base, "all-linear")}
+    arms = {
+        "full": full,
+        "q,v": with_lora(base, "q,v"),
+        "all-linear": with_lora(base, "all-linear"),
+    }
     rounds = interleaved({name: steps(arm, batches) for name, arm in arms.items()})
     _, tokens, _ = rounds.work
     row("full fine-tuning", rounds.rates("full", tokens), "tokens/s")
@@ -110,10 +140,14 @@ def test_lora_is_faster_than_full_fine_tuning(base, batches, row):
     row("all-linear / full", rounds.times_faster("all-linear", than="full"), "times")
 
 
-def activations_and_gradients(base: models.Loaded, batch: list[batching.Example]) -> tuple[int, list[Tensor]]:
+def activations_and_gradients(
+    base: models.Loaded, batch: list[batching.Example]
+) -> tuple[int, list[Tensor]]:
     base.model.train()  # transformers checkpoints only while it trains
     rows = batching.collate(batch, base.tokenizer.pad_token_id)
-    loss, size = memory.activation_bytes(base.model, lambda: objective.supervised_loss(base.model, rows))
+    loss, size = memory.activation_bytes(
+        base.model, lambda: objective.supervised_loss(base.model, rows)
+    )
     trained = [weight for weight in base.model.parameters() if weight.requires_grad]
     return size, list(torch.autograd.grad(loss, trained))
 
@@ -130,15 +164,40 @@ def test_checkpointed_activations_save_memory_for_a_little_time(base, batches, r
     row("all-linear: activations of a batch", held / 1e6, "MB")
     for name, at_most in (("18 of 30", (0.5, 1.35)), ("all", (None, None))):
         size, gradients = found[name]
-        difference = max((one - other).abs().max().item() for one, other in zip(gradients, expected, strict=True))
-        row(f"{name} blocks checkpointed: activations, share of all", size / held, "", at_most=at_most[0])
-        row(f"{name} blocks checkpointed: seconds of a step", rounds.times_faster("kept", than=name), "times", at_most=at_most[1])
-        row(f"{name} blocks checkpointed: largest difference of a gradient", difference, "", at_most=1e-5)
+        difference = max(
+            (one - other).abs().max().item() for one, other in zip(gradients, expected, strict=True)
+        )
+        row(
+            f"{name} blocks checkpointed: activations, share of all",
+            size / held,
+            "",
+            at_most=at_most[0],
+        )
+        row(
+            f"{name} blocks checkpointed: seconds of a step",
+            rounds.times_faster("kept", than=name),
+            "times",
+            at_most=at_most[1],
+        )
+        row(
+            f"{name} blocks checkpointed: largest difference of a gradient",
+            difference,
+            "",
+            at_most=1e-5,
+        )
 
 
 def test_four_fused_jobs_are_faster_than_one_after_the_other(base, row):
-    records = {topic: [record for record in evaluation.read_task("train") if record.extra["topic"] == topic] for topic in JOBS}
-    jobs = {topic: slices(encoded(base, random.Random(SEED).sample(records[topic], JOB_STEPS)), 1) for topic in JOBS}
+    records = {
+        topic: [
+            record for record in evaluation.read_task("train") if record.extra["topic"] == topic
+        ]
+        for topic in JOBS
+    }
+    jobs = {
+        topic: slices(encoded(base, random.Random(SEED).sample(records[topic], JOB_STEPS)), 1)
+        for topic in JOBS
+    }
     examples = [example for batches in jobs.values() for (example,) in batches]
     together = fusion.schedule(jobs, budget=len(jobs) * max(map(len, examples)))
     assert [list(step) for step in together] == [list(jobs)] * JOB_STEPS
@@ -153,7 +212,9 @@ def test_four_fused_jobs_are_faster_than_one_after_the_other(base, row):
             found[arm] = {}
             with runtime.measure() as cost:
                 for plan in plans:
-                    found[arm] |= fusion.train_fused(model, plan, LEARNING_RATE, base.tokenizer.pad_token_id)
+                    found[arm] |= fusion.train_fused(
+                        model, plan, LEARNING_RATE, base.tokenizer.pad_token_id
+                    )
             return cost.seconds, sum(map(len, found[arm].values()))
 
         return run
@@ -164,16 +225,32 @@ def test_four_fused_jobs_are_faster_than_one_after_the_other(base, row):
     tokens = sum(map(len, examples))
     padded = sum(fusion.padded_tokens(step) for step in together)
     row("four jobs, one after the other", rounds.rates("apart", tokens), "tokens/s")
-    row(f"four jobs, fused; {100 * tokens / padded:.0f} % are real tokens", rounds.rates("fused", tokens), "tokens/s")
-    row("fused / one after the other", rounds.times_faster("fused", than="apart"), "times", at_least=1.1)
+    row(
+        f"four jobs, fused; {100 * tokens / padded:.0f} % are real tokens",
+        rounds.rates("fused", tokens),
+        "tokens/s",
+    )
+    row(
+        "fused / one after the other",
+        rounds.times_faster("fused", than="apart"),
+        "times",
+        at_least=1.1,
+    )
     for number in range(JOB_STEPS):
         fused, alone = ([found[arm][topic][number] for topic in JOBS] for arm in ("fused", "apart"))
-        row(f"largest difference in a job's loss, step {number + 1}", largest_difference(fused, alone), "nats", at_most=1e-5)
+        row(
+            f"largest difference in a job's loss, step {number + 1}",
+            largest_difference(fused, alone),
+            "nats",
+            at_most=1e-5,
+        )
 
 
 def test_a_merged_model_is_as_fast_as_the_base(base, row):
     examples = encoded(base, evaluation.read_task("train"))
-    ids = torch.tensor([min(examples, key=lambda example: abs(len(example) - PROMPT_TOKENS)).input_ids])
+    ids = torch.tensor(
+        [min(examples, key=lambda example: abs(len(example) - PROMPT_TOKENS)).input_ids]
+    )
     adapted = with_lora(base, "all-linear").model
     arms = {"base": sharing(base).model, "adapter": adapted, "merged": lora.merged_copy(adapted)}
 

@@ -1,7 +1,7 @@
 """Notebooks.
 
-Each is executed once, as `make run` does it: seconds, peak memory of its kernel, and the cell that took longest, with the heading
-above it.
+Each is executed once, as `make run` does it: seconds, peak memory of its kernel, and the cell that
+took longest, with the heading above it.
 """
 
 import re
@@ -16,7 +16,8 @@ from tools import notebooks
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = notebooks.find_notebooks(ROOT / "notebooks")
-# A process of its own: a kernel's memory is sampled from its fork on, and a fork begins with the memory of what forked it.
+# A process of its own: a kernel's memory is sampled from its fork on, and a fork begins with the
+# memory of what forked it.
 EXECUTE = """
 import sys
 from pathlib import Path
@@ -50,6 +51,10 @@ def heading_above(path: Path, number: int) -> str:
             number -= 1
         if number == 0:
             break
-        headings = re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else []
+        headings = (
+            re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)
+            if cell.cell_type == "markdown"
+            else []
+        )
         heading = headings[-1] if headings else heading
     return heading

@@ -1,7 +1,9 @@
 """Reading instruction records.
 
-`alpaca.read_records` on JSON files of random records with answers of about 50 words; 52,000 is the size of the Alpaca data. The
-slope is that of log seconds over log records, for each round: 1 is linear. Memory is what reading adds in a fresh process.
+`alpaca.read_records` on JSON files of random records with answers of about 50 words; 52,000 is the
+size of the Alpaca data. The
+slope is that of log seconds over log records, for each round: 1 is linear. Memory is what reading
+    adds in a fresh process.
 """
 
 import json
@@ -16,7 +18,10 @@ from course_lib import alpaca, runtime
 from tests.benchmarks.measuring import interleaved
 
 SIZES = (1_000, 4_000, 13_000, 26_000, 52_000)
-WORDS = "river stone lamp seven green quiet carry under letter bread morning salt engine paper north early".split()
+WORDS = (
+    "river stone lamp seven green quiet carry under letter bread morning salt engine paper north "
+    "early"
+).split()
 READ_IN_A_FRESH_PROCESS = """
 import sys, psutil
 from course_lib import alpaca, runtime
@@ -33,7 +38,10 @@ def write_records(path: Path, count: int) -> Path:
     def text(words: int) -> str:
         return " ".join(generator.choices(WORDS, k=words))
 
-    rows = [{"instruction": f"{text(9)} {number}", "input": text(number % 2 * 6), "output": text(50)} for number in range(count)]
+    rows = [
+        {"instruction": f"{text(9)} {number}", "input": text(number % 2 * 6), "output": text(50)}
+        for number in range(count)
+    ]
     path.write_text(json.dumps(rows), encoding="utf-8")
     return path
 
@@ -64,6 +72,8 @@ def test_reading_takes_time_in_proportion_to_the_records(tmp_path, row):
 def test_reading_takes_little_memory(tmp_path, row):
     path = write_records(tmp_path / "records.json", SIZES[-1])
     command = [sys.executable, "-c", READ_IN_A_FRESH_PROCESS, str(path)]
-    count, peak_bytes = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    count, peak_bytes = subprocess.run(
+        command, capture_output=True, text=True, check=True
+    ).stdout.split()
     assert int(count) == SIZES[-1]
     row(f"memory for {SIZES[-1]:,} records", int(peak_bytes) / 1e6, "MB")

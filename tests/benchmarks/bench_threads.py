@@ -1,12 +1,14 @@
 """Threads that wait, alone and beside other work.
 
-torch's OpenMP threads spin while they wait for each other. As soon as another process has a core, each barrier waits for the
-scheduler. A policy is what is set in the environment of a process before torch is imported. *Beside a busy process*: it computes on
-one core without a pause. *Beside another training run*: it trains the same model on both cores, its threads as torch comes. *Two
-side by side*: two processes with the policy. SmolLM2-135M: forward and backward of 4 rows of the task of the week; the tiny model:
-30 optimizer steps of 16 rows of its world. Medians of the repeats.
+torch's OpenMP threads spin while they wait for each other. As soon as another process has a core,
+each barrier waits for the scheduler. A policy is what is set in the environment of a process before
+torch is imported. *Beside a busy process*: it computes on one core without a pause. *Beside another
+training run*: it trains the same model on both cores, its threads as torch comes. *Two side by
+side*: two processes with the policy. SmolLM2-135M: forward and backward of 4 rows of the task of
+the week; the tiny model: 30 optimizer steps of 16 rows of its world. Medians of the repeats.
 
-The course sets `GOMP_SPINCOUNT=2000` when it is imported, unless the variable or `OMP_WAIT_POLICY` is set already.
+The course sets `GOMP_SPINCOUNT=2000` when it is imported, unless the variable or `OMP_WAIT_POLICY`
+is set already.
 """
 
 import json
@@ -38,10 +40,12 @@ from course_lib import batching, evaluation, experiments, models, objective, run
 
 name, repeats = sys.argv[1], int(sys.argv[2])
 base = models.load(name, runtime.detect())
-records = evaluation.read_task("train")[:4] if name == "smollm2-135m" else experiments.world_experiment().train[:480]
+small = name == "smollm2-135m"
+records = evaluation.read_task("train")[:4] if small else world.read_world("train")[:480]
 examples = batching.encode_records(records, base.tokenizer, 256).examples
 rows = min(16, len(examples))
-batches = [batching.collate(examples[at : at + rows], base.tokenizer.pad_token_id) for at in range(0, len(examples), rows)]
+groups = [examples[at : at + rows] for at in range(0, len(examples), rows)]
+batches = [batching.collate(group, base.tokenizer.pad_token_id) for group in groups]
 optimizer = torch.optim.AdamW(base.model.parameters(), lr=0.0)
 seconds = []
 print("ready", flush=True)
@@ -64,7 +68,13 @@ def workers(name, policy, number=1, repeats=REPEATS):
     unset = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"}
     environment = {key: value for key, value in os.environ.items() if key not in unset} | policy
     command = [sys.executable, "-c", WORK, name, str(repeats)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment}
+    pipes = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "text": True,
+        "cwd": ROOT,
+        "env": environment,
+    }
     started = [subprocess.Popen(command, **pipes) for _ in range(number)]
     try:
         for process in started:
@@ -102,12 +112,17 @@ def start(process):
 def median_seconds(started):
     for process in started:
         start(process)
-    return statistics.median(second for process in started for second in json.loads(process.stdout.readline()))
+    return statistics.median(
+        second for process in started for second in json.loads(process.stdout.readline())
+    )
 
 
 def measure(name, policy, where):
     with workers(name, policy, 2 if where == "two side by side" else 1) as started:
-        neighbour = {"beside a busy process": busy_process, "beside another training run": lambda: training_run(name)}
+        neighbour = {
+            "beside a busy process": busy_process,
+            "beside another training run": lambda: training_run(name),
+        }
         with neighbour.get(where, nullcontext)():
             return median_seconds(started)
 

@@ -1,19 +1,23 @@
 """Fine-tuning: `finetune` against trl's SFTTrainer.
 
-SmolLM2-135M, supervised tokens a second. Counted are trl's `train()` and the whole of `finetune`; tokenizing and the construction
-of trl's trainer are not. Both train with AdamW, linear decay, no warm-up, no weight decay, gradients clipped to norm 1, float32,
-and one seed; LoRA is peft's, rank 8 on q and v. trl gets the columns `prompt` and `completion`, so its loss is on the completion
-alone. Settings of `SFTConfig` that differ from its defaults: `bf16=False`, `use_cpu=True` and `gradient_checkpointing=False`, for
-float32 on a CPU with memory to spare (checkpointing would cost it time).
+SmolLM2-135M, supervised tokens a second. Counted are trl's `train()` and the whole of `finetune`;
+tokenizing and the construction of trl's trainer are not. Both train with AdamW, linear decay, no
+warm-up, no weight decay, gradients clipped to norm 1, float32, and one seed; LoRA is peft's, rank 8
+on q and v. trl gets the columns `prompt` and `completion`, so its loss is on the completion alone.
+Settings of `SFTConfig` that differ from its defaults: `bf16=False`, `use_cpu=True` and
+`gradient_checkpointing=False`, for float32 on a CPU with memory to spare (checkpointing would cost
+it time).
 
-*Equal batches*: 16 records of the task of the week, which are nearly of one length, in 4 steps, the same batches in the same order
-(trl with `train_sampling_strategy="sequential"`). What is left is the code. `finetune` puts only the supervised positions through
-the output head; trl 1.16 does so where it has Triton, on GPUs. On a CPU it puts all positions through the head, and builds the
-logits a second time in the backward pass, to save memory.
+*Equal batches*: 16 records of the task of the week, which are nearly of one length, in 4 steps, the
+same batches in the same order (trl with `train_sampling_strategy="sequential"`). What is left is
+the code. `finetune` puts only the supervised positions through the output head; trl 1.16 does so
+where it has Triton, on GPUs. On a CPU it puts all positions through the head, and builds the logits
+a second time in the backward pass, to save memory.
 
-*Mixed lengths*: 16 records of instructions.json of at most 256 tokens in 2 steps of 8: whole batches of the grouped epoch of the
-data, drawn at random, since 16 records alone group badly. `finetune` takes these groups, as with `group_by_length=True` on the
-whole file; trl keeps its default, a random order. trl can group, too: "equal batches" says what would then remain.
+*Mixed lengths*: 16 records of instructions.json of at most 256 tokens in 2 steps of 8: whole
+batches of the grouped epoch of the data, drawn at random, since 16 records alone group badly.
+`finetune` takes these groups, as with `group_by_length=True` on the whole file; trl keeps its
+default, a random order. trl can group, too: "equal batches" says what would then remain.
 """
 
 import random
@@ -42,8 +46,9 @@ Work = tuple[int, int]
 
 @dataclass(frozen=True)
 class Workload:
-    """records: one epoch of batches; held_out: for the response loss. same_batches: both draw them at random in the same way, or
-    `finetune` takes them as they come, in groups of similar length, and trl draws them at random.
+    """records: one epoch of batches; held_out: for the response loss. same_batches: both draw them
+    at random in the same way, or `finetune` takes them as they come, in groups of similar length,
+    and trl draws them at random.
     """
 
     records: list[Record]
@@ -56,8 +61,12 @@ class Workload:
         return len(self.records) // self.batch
 
 
-def grouped_batches(records: list[Record], machine: runtime.Machine, batch: int, count: int) -> list[Record]:
-    """The records of `count` whole batches of a grouped epoch, drawn at random: a handful of records groups badly."""
+def grouped_batches(
+    records: list[Record], machine: runtime.Machine, batch: int, count: int
+) -> list[Record]:
+    """The records of `count` whole batches of a grouped epoch, drawn at random: a handful of
+    records groups badly.
+    """
     lengths = [len(example) for example in encoded(models.load(MODEL, machine), records)]
     order = batching.length_grouped_order(lengths, batch, SEED)
     groups = [order[start : start + batch] for start in range(0, len(order), batch)]
@@ -72,9 +81,14 @@ def encoded(base: models.Loaded, records: list[Record]) -> list[batching.Example
 
 
 def tokenized_alike(record: Record, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Is the record short enough, and do prompt and answer give the same tokens in one text, as trl takes them, as apart?"""
+    """Is the record short enough, and do prompt and answer give the same tokens in one text, as trl
+    takes them, as apart?
+    """
     example = batching.encode(record, tokenizer)
-    return len(example) <= MAX_TOKENS and tokenizer(record.prompt + record.output)["input_ids"] == example.input_ids[:-1]
+    return (
+        len(example) <= MAX_TOKENS
+        and tokenizer(record.prompt + record.output)["input_ids"] == example.input_ids[:-1]
+    )
 
 
 def library_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -83,7 +97,9 @@ def library_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 class Arms:
-    """The runs of one method on one workload; each leaves its response loss on held-out records behind, once."""
+    """The runs of one method on one workload; each leaves its response loss on held-out records
+    behind, once.
+    """
 
     def __init__(self, method: str, load: Workload, machine: runtime.Machine, folder: Path):
         self.method, self.load, self.machine, self.folder = method, load, machine, folder
@@ -97,14 +113,20 @@ class Arms:
 
     def score(self, arm: str, base: models.Loaded) -> None:
         if arm not in self.held_out:
-            self.held_out[arm] = evaluation.score_answers(base, self.load.held_out, batch_size=4).loss
+            self.held_out[arm] = evaluation.score_answers(
+                base, self.load.held_out, batch_size=4
+            ).loss
 
-    def ours(self, arm: str = "ours", loss: training.Loss = objective.summed_loss) -> tuple[float, Work]:
+    def ours(
+        self, arm: str = "ours", loss: training.Loss = objective.summed_loss
+    ) -> tuple[float, Work]:
         base = self.fresh()
         examples = encoded(base, self.load.records)
         if self.method == "LoRA":
             base.model = get_peft_model(base.model, ADAPTER)
-        grouped = mock.patch.object(training, "training_order", return_value=list(range(len(examples))))
+        grouped = mock.patch.object(
+            training, "training_order", return_value=list(range(len(examples)))
+        )
         with nullcontext() if self.load.same_batches else grouped, runtime.measure() as cost:
             run = training.finetune(
                 base,
@@ -150,35 +172,55 @@ class Arms:
                 disable_tqdm=True,
                 **({"train_sampling_strategy": "sequential"} if self.load.same_batches else {}),
             ),
-            train_dataset=Dataset.from_list([{"prompt": record.prompt, "completion": record.output} for record in records]),
+            train_dataset=Dataset.from_list(
+                [{"prompt": record.prompt, "completion": record.output} for record in records]
+            ),
             processing_class=base.tokenizer,
             peft_config=ADAPTER if self.method == "LoRA" else None,
         )
         assert not trainer.args.activation_checkpointing
         labels = [row["labels"] for row in trainer.train_dataset]
-        assert [row["input_ids"] for row in trainer.train_dataset] == [examples[index].input_ids for index in order]
+        assert [row["input_ids"] for row in trainer.train_dataset] == [
+            examples[index].input_ids for index in order
+        ]
         assert labels == [examples[index].labels for index in order], "trl tokenized otherwise"
         with runtime.measure() as cost:
             trainer.train()
         assert trainer.state.global_step == self.load.steps
         base.model = trainer.model
         self.score("trl", base)
-        return cost.seconds, (len(examples), sum(label != batching.IGNORED for row in labels for label in row))
+        return cost.seconds, (
+            len(examples),
+            sum(label != batching.IGNORED for row in labels for label in row),
+        )
 
 
-def report(name: str, arms: Arms, rounds: Rounds, row: Callable[..., None], **promise: float) -> None:
+def report(
+    name: str, arms: Arms, rounds: Rounds, row: Callable[..., None], **promise: float
+) -> None:
     _, supervised = rounds.work
     row(f"{name}: trl", rounds.rates("trl", supervised), "supervised tokens/s")
     row(f"{name}: ours", rounds.rates("ours", supervised), "supervised tokens/s")
     row(f"{name}: ours / trl", rounds.times_faster("ours", than="trl"), "times", **promise)
-    row(f"{name}: response loss on {len(arms.load.held_out)} held-out records, ours", arms.held_out["ours"], "nats")
-    row(f"{name}: its difference to trl's", abs(arms.held_out["ours"] - arms.held_out["trl"]), "nats", at_most=0.02)
+    row(
+        f"{name}: response loss on {len(arms.load.held_out)} held-out records, ours",
+        arms.held_out["ours"],
+        "nats",
+    )
+    row(
+        f"{name}: its difference to trl's",
+        abs(arms.held_out["ours"] - arms.held_out["trl"]),
+        "nats",
+        at_most=0.02,
+    )
 
 
 @pytest.mark.parametrize("method", LEARNING_RATES)
 def test_with_equal_batches(method, machine, tmp_path, row):
     train, held_out = evaluation.read_task("train"), evaluation.read_task("validation")[:48]
-    load = Workload(grouped_batches(train, machine, batch=4, count=4), held_out, batch=4, same_batches=True)
+    load = Workload(
+        grouped_batches(train, machine, batch=4, count=4), held_out, batch=4, same_batches=True
+    )
     arms = Arms(method, load, machine, tmp_path)
     runs = {"ours": arms.ours, "trl": arms.trl, "library's loss": arms.ours_with_library_loss}
     rounds = interleaved(runs)
@@ -189,11 +231,15 @@ def test_with_equal_batches(method, machine, tmp_path, row):
 
 @pytest.mark.parametrize("method", LEARNING_RATES)
 def test_on_mixed_lengths_as_delivered(method, machine, tmp_path, row):
-    everything = alpaca.read_records(runtime.data_folder() / "instructions.json", extra=("kind", "language")).records
+    everything = alpaca.read_records(
+        runtime.data_folder() / "instructions.json", extra=("kind", "language")
+    ).records
     tokenizer = models.load(MODEL, machine).tokenizer
     alike = [record for record in everything if tokenized_alike(record, tokenizer)]
     records = random.Random(SEED).sample(alike, len(alike))
     drawn = grouped_batches(records[48:], machine, batch=8, count=2)
-    arms = Arms(method, Workload(drawn, records[:48], batch=8, same_batches=False), machine, tmp_path)
+    arms = Arms(
+        method, Workload(drawn, records[:48], batch=8, same_batches=False), machine, tmp_path
+    )
     rounds = interleaved({"ours": arms.ours, "trl": arms.trl})
     report(f"{method}, mixed lengths", arms, rounds, row, at_least=1.3)

@@ -1,4 +1,6 @@
-"""How the benchmarks measure: arms run alternately in one process, and the limits of the machine they ran on."""
+"""How the benchmarks measure: arms run alternately in one process, and the limits of the machine
+they ran on.
+"""
 
 import os
 import platform
@@ -32,13 +34,17 @@ class Rounds:
 
     def times_faster(self, arm: str, than: str) -> list[float]:
         """How many times faster `arm` was than another, one a round."""
-        return [slow / fast for fast, slow in zip(self.seconds[arm], self.seconds[than], strict=True)]
+        return [
+            slow / fast for fast, slow in zip(self.seconds[arm], self.seconds[than], strict=True)
+        ]
 
 
 def interleaved(arms: Mapping[str, Arm], rounds: int = ROUNDS) -> Rounds:
-    """Run every arm once to warm up, then all of them in every round, every other round in reverse order.
+    """Run every arm once to warm up, then all of them in every round, every other round in reverse
+    order.
 
-    An arm prepares untimed and returns (seconds, work); all must have done the same work, or the comparison is refused.
+    An arm prepares untimed and returns (seconds, work); all must have done the same work, or the
+    comparison is refused.
     """
     works = {name: arm()[1] for name, arm in arms.items()}
     expected = next(iter(works.values()))
@@ -47,7 +53,9 @@ def interleaved(arms: Mapping[str, Arm], rounds: int = ROUNDS) -> Rounds:
         for name in list(arms)[:: 1 if number % 2 == 0 else -1]:
             taken, works[name] = arms[name]()
             seconds[name].append(taken)
-        assert all(work == expected for work in works.values()), f"the arms did different work: {expected} expected, {works}"
+        assert all(work == expected for work in works.values()), (
+            f"the arms did different work: {expected} expected, {works}"
+        )
     return Rounds(seconds, expected)
 
 
@@ -67,12 +75,16 @@ class Row:
 
 
 def measured(
-    what: str, values: float | Sequence[float], unit: str, at_least: float | None = None, at_most: float | None = None
+    what: str,
+    values: float | Sequence[float],
+    unit: str,
+    at_least: float | None = None,
+    at_most: float | None = None,
 ) -> Row:
     """A row: the median of `values` with their lowest and highest, and a promise about the median.
 
-    >>> measured("ours / trl", [1.2, 1.4, 1.3], "times", at_least=1.35)
-    Row(what='ours / trl', value='1.3', unit='times', spread='1.2 to 1.4', promise='≥ 1.35: **missed**')
+    >>> measured("ours", [1.2, 1.4, 1.3], "times", at_least=1.35)
+    Row(what='ours', value='1.3', unit='times', spread='1.2 to 1.4', promise='≥ 1.35: **missed**')
     """
     values = list(values) if isinstance(values, Sequence) else [values]
     median = statistics.median(values)
@@ -94,19 +106,26 @@ def shown(value: float) -> str:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """Rows as lines of a Markdown table."""
-    cells = [("what", "median", "unit", "lowest to highest", "promise"), ("---", "---:", "---", "---", "---")]
+    cells = [
+        ("what", "median", "unit", "lowest to highest", "promise"),
+        ("---", "---:", "---", "---", "---"),
+    ]
     cells += [(row.what, row.value, row.unit, row.spread, row.promise) for row in rows]
     return ["| " + " | ".join(line) + " |" for line in cells]
 
 
 def describe_machine() -> str:
-    """The machine in one line, with what it reached just now: float32 GEMM, and copying memory (bytes read plus written)."""
+    """The machine in one line, with what it reached just now: float32 GEMM, and copying memory
+    (bytes read plus written).
+    """
     found = runtime.detect()
     load = f", load {os.getloadavg()[0]:.1f} before" if hasattr(os, "getloadavg") else ""
-    memory = f"{found.memory_bytes / runtime.GIB:.0f} GiB"
+    memory = f"{found.memory_bytes / runtime.GB:.0f} GB"
     return (
-        f"{_cpu_model()}, {found.cores} cores, {torch.get_num_threads()} threads of torch, {memory}{load}. "
-        f"Its limits, best of {REPEATS}: float32 GEMM {_best_gemm():.0f} GFLOP/s, copy {_best_copy():.0f} GB/s"
+        f"{_cpu_model()}, {found.cores} cores, {torch.get_num_threads()} threads of torch, "
+        f"{memory}{load}. "
+        f"Its limits, best of {REPEATS}: float32 GEMM {_best_gemm():.0f} GFLOP/s, copy "
+        f"{_best_copy():.0f} GB/s"
     )
 
 
@@ -115,7 +134,10 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _best_gemm() -> float:
@@ -123,7 +145,9 @@ def _best_gemm() -> float:
     best = 0.0
     for size in GEMM_SIZES:
         left, right = torch.rand(size, size), torch.rand(size, size)
-        best = max(best, 2 * size**3 / _fewest_seconds(lambda left=left, right=right: left @ right) / 1e9)
+        best = max(
+            best, 2 * size**3 / _fewest_seconds(lambda left=left, right=right: left @ right) / 1e9
+        )
     return best
 
 

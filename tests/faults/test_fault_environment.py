@@ -1,4 +1,6 @@
-"""F34: old packages, a kernel older than its packages, and what else a preflight can see before the first cell is run."""
+"""F34: old packages, a kernel older than its packages, and what else a preflight can see before the
+first cell is run.
+"""
 
 import nbformat
 import pytest
@@ -29,7 +31,9 @@ def the_problem(said):
 
 @pytest.mark.fault("F34", "transformers {version} is installed")
 @pytest.mark.parametrize("version", ["4.57.1", "6.0.0"])
-def test_another_transformers_is_named_before_it_is_imported(version, site, course_requires, work, survived):
+def test_another_transformers_is_named_before_it_is_imported(
+    version, site, course_requires, work, survived
+):
     course_requires("transformers>=5.15,<6")
     write_package(site, "transformers", version, "raise SystemError('imported')")
     code, said, errors = doctor()
@@ -48,12 +52,16 @@ from importlib import metadata
 from pathlib import Path
 old = Path({str(site)!r}) / "replaced-1.0.dist-info"
 new = old.rename(old.with_name("replaced-2.0.dist-info"))
-(new / "METADATA").write_text((new / "METADATA").read_text().replace("Version: 1.0", "Version: 2.0"))
+old = (new / "METADATA").read_text()
+(new / "METADATA").write_text(old.replace("Version: 1.0", "Version: 2.0"))
 """
     cells = [new_code_cell(source) for source in ("kept = 1; import replaced", pip, REQUIRE)]
     nbformat.write(new_notebook(cells=cells), "day1_trial.ipynb")
     execution = notebooks.execute(site.parent / "work" / "day1_trial.ipynb")
-    expected = "cell 3/3: CourseError: replaced 2.0 is installed, but this kernel still runs 1.0: restart the runtime"
+    expected = (
+        "cell 3/3: CourseError: replaced 2.0 is installed, but this kernel still runs 1.0: restart "
+        "the runtime"
+    )
     assert execution.failure == expected
     survived(said=execution.failure, lost=work())
 
@@ -61,18 +69,25 @@ new = old.rename(old.with_name("replaced-2.0.dist-info"))
 @pytest.mark.fault("F34", "numpy does not fit the compiled modules")
 def test_a_broken_numpy_is_named_without_a_traceback(site, course_requires, work, survived):
     course_requires()
-    cause = "numpy.dtype size changed, may indicate binary incompatibility. Expected 96 from C header, got 88 from PyObject"
+    cause = (
+        "numpy.dtype size changed, may indicate binary incompatibility. Expected 96 from C header, "
+        "got 88 from PyObject"
+    )
     (site / "numpy.py").write_text(f"raise ValueError({cause!r})")
     code, said, errors = doctor()
     assert (code, errors) == (1, "")
-    assert the_problem(said).startswith(f"problem  numpy cannot be imported ({cause}): restart the runtime; if it stays so, pip")
+    assert the_problem(said).startswith(
+        f"problem  numpy cannot be imported ({cause}): restart the runtime; if it stays so, pip"
+    )
     survived(said=the_problem(said), lost=work())
 
 
 @pytest.mark.fault("F34", "{package} is not installed")
 @pytest.mark.parametrize("package", ["typer", "packaging"])
 def test_a_missing_package_of_the_command_line_itself_is_one_line(package, site, work, survived):
-    (site / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package}', name={package!r})")
+    (site / f"{package}.py").write_text(
+        f"raise ModuleNotFoundError('No module named {package}', name={package!r})"
+    )
     code, said, errors = doctor()
     assert (code, said) == (1, [])
     assert errors.startswith(f"CourseError: {package} is missing: run `make setup`")
@@ -98,7 +113,9 @@ def test_a_missing_wheel_is_said_with_what_takes_its_place(imported, empty_cache
 
 
 @pytest.mark.fault("F34", "the disk is full before the base model is there")
-def test_a_full_disk_is_a_problem_with_the_bytes_needed(imported, empty_cache, work, monkeypatch, survived):
+def test_a_full_disk_is_a_problem_with_the_bytes_needed(
+    imported, empty_cache, work, monkeypatch, survived
+):
     monkeypatch.setattr(preflight.shutil, "disk_usage", disk_with(1_000_000))
     (line,) = lines(preflight.findings(ask_hub=False), "problem")
     advice = "free some, or set COURSE_CACHE to another folder"

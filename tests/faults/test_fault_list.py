@@ -10,6 +10,9 @@ PROMISED |= {f"D2.{number}" for number in range(1, 14)}
 def test_every_promised_fault_is_made_to_happen(request: pytest.FixtureRequest):
     markers = [item.get_closest_marker("fault") for item in request.session.items]
     folder = request.path.parent
-    if not all(any(item.path == path for item in request.session.items) for path in folder.glob("test_*.py")):
+    if not all(
+        any(item.path == path for item in request.session.items)
+        for path in folder.glob("test_*.py")
+    ):
         pytest.skip("only a part of tests/faults was chosen")
     assert {marker.args[0] for marker in markers if marker} >= PROMISED

@@ -1,4 +1,6 @@
-"""Faults of LoRA: impossible settings and merges, adapter files that are damaged, foreign or hostile, saves that are broken off."""
+"""Faults of LoRA: impossible settings and merges, adapter files that are damaged, foreign or
+hostile, saves that are broken off.
+"""
 
 import errno
 import functools
@@ -35,13 +37,20 @@ def folder(adapter_folder):
 
 def state(model):
     """Of each weight a copy and whether it trains, by name."""
-    return {name: (weight.detach().clone(), weight.requires_grad) for name, weight in model.named_parameters()}
+    return {
+        name: (weight.detach().clone(), weight.requires_grad)
+        for name, weight in model.named_parameters()
+    }
 
 
 def changed(model, before):
     now = state(model)
     common = before.keys() & now.keys()
-    same = {name for name in common if before[name][1] == now[name][1] and torch.equal(before[name][0], now[name][0])}
+    same = {
+        name
+        for name in common
+        if before[name][1] == now[name][1] and torch.equal(before[name][0], now[name][0])
+    }
     return sorted((before.keys() | now.keys()) - same)
 
 
@@ -59,14 +68,22 @@ def refused(action, model, message):
 @pytest.mark.fault("D2.1", "add_lora with rank={rank!r}")
 @pytest.mark.parametrize("rank", [0, -1, 2.0, "8", None, 129])
 def test_a_rank_that_cannot_be_is_refused_before_anything_changes(rank, tiny, survived):
-    message = r"rank=.* in 1..128 for model.layers.0.self_attn.q_proj, a 128 x 128 weight: choose one"
+    message = (
+        r"rank=.* in 1..128 for model.layers.0.self_attn.q_proj, a 128 x 128 weight: choose one"
+    )
     survived(**refused(lambda: add_lora(tiny.model, rank, 16), tiny.model, message))
 
 
 @pytest.mark.fault("D2.2", "add_lora with alpha={alpha!r}")
 @pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), 1e39, "16"])
 def test_alpha_must_be_a_number_above_0(alpha, tiny, survived):
-    survived(**refused(lambda: add_lora(tiny.model, 8, alpha), tiny.model, "alpha=.* above 0: try twice the rank"))
+    survived(
+        **refused(
+            lambda: add_lora(tiny.model, 8, alpha),
+            tiny.model,
+            "alpha=.* above 0: try twice the rank",
+        )
+    )
 
 
 @pytest.mark.fault("D2.2", "add_lora with seed={seed!r}")
@@ -79,14 +96,21 @@ def test_a_seed_that_torch_does_not_take_is_refused_before_anything_freezes(seed
 @pytest.mark.fault("D2.3", "add_lora with targets={targets!r}")
 @pytest.mark.parametrize("targets", [["q_proj", "query"], "q_porj"])
 def test_targets_that_mean_no_layer_are_answered_with_the_layers(targets, tiny, survived):
-    message = "no linear layer is called '(query|q_porj)': give a list of some of q_proj, k_proj, v_proj, .*all-linear"
+    message = (
+        "no linear layer is called '(query|q_porj)': give a list of some of q_proj, k_proj, "
+        "v_proj, .*all-linear"
+    )
     survived(**refused(lambda: add_lora(tiny.model, 4, 8, targets), tiny.model, message))
 
 
 @pytest.mark.fault("D2.3", "add_lora with targets={targets!r}")
 @pytest.mark.parametrize("targets", ["*_proj", "(q|v"])
-def test_targets_that_are_no_regular_expression_are_answered_with_the_layers(targets, tiny, survived):
-    message = "is no regular expression .*: give a list of some of q_proj, k_proj, v_proj, .*all-linear"
+def test_targets_that_are_no_regular_expression_are_answered_with_the_layers(
+    targets, tiny, survived
+):
+    message = (
+        "is no regular expression .*: give a list of some of q_proj, k_proj, v_proj, .*all-linear"
+    )
     survived(**refused(lambda: add_lora(tiny.model, 4, 8, targets), tiny.model, message))
 
 
@@ -100,7 +124,9 @@ def test_an_adapter_is_not_added_twice(survived):
 @pytest.mark.fault("D2.4", "add_lora to a model of peft")
 def test_a_peft_model_is_refused(tiny, survived):
     model = get_peft_model(tiny.model, LoraConfig(r=2))
-    survived(**refused(lambda: add_lora(model, 2, 4), model, "an adapter of peft: load the base again"))
+    survived(
+        **refused(lambda: add_lora(model, 2, 4), model, "an adapter of peft: load the base again")
+    )
 
 
 # --- D2.5: merges
@@ -110,20 +136,36 @@ def test_a_peft_model_is_refused(tiny, survived):
 def test_an_adapter_is_not_merged_into_codes(survived):
     from bitsandbytes.nn import Linear4bit
 
-    model = nn.Sequential(Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32)).to("cpu")
+    model = nn.Sequential(Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32)).to(
+        "cpu"
+    )
     add_lora(model, 2, 4, ["0"])
-    survived(**refused(lambda: merged_copy(model), model, "Linear4bit is quantised.*dequantise the base first"))
+    survived(
+        **refused(
+            lambda: merged_copy(model), model, "Linear4bit is quantised.*dequantise the base first"
+        )
+    )
 
 
 @pytest.mark.fault("D2.5", "merged_copy of a model without LoRA")
 def test_nothing_to_merge_is_said(tiny, survived):
-    survived(**refused(lambda: merged_copy(tiny.model), tiny.model, "no LoRA layers, .*: add_lora adds them"))
+    survived(
+        **refused(
+            lambda: merged_copy(tiny.model), tiny.model, "no LoRA layers, .*: add_lora adds them"
+        )
+    )
 
 
 @pytest.mark.fault("D2.5", "merged_copy of a single layer")
 def test_a_layer_by_itself_is_not_merged_into_itself(survived):
     layer = LoRALinear(nn.Linear(4, 4), 2, 4)
-    survived(**refused(lambda: merged_copy(layer), layer, r"a LoRALinear cannot be replaced in itself: put it into nn.Sequential"))
+    survived(
+        **refused(
+            lambda: merged_copy(layer),
+            layer,
+            r"a LoRALinear cannot be replaced in itself: put it into nn.Sequential",
+        )
+    )
 
 
 # --- D2.6 to D2.9: files of adapters
@@ -143,7 +185,9 @@ def edit_weights(folder, change):
 def save_dora(folder):
     """In place of what is there, DoRA of peft."""
     shutil.rmtree(folder)
-    settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], use_dora=True)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], use_dora=True
+    )
     get_peft_model(fresh_tiny().model, settings).save_pretrained(folder)
 
 
@@ -156,8 +200,11 @@ FAULTY = {  # number of the row, what is done to the adapter, how it is said
     ),
     "has a matrix of another width": (
         "D2.6",
-        lambda folder: edit_weights(folder, lambda weights: weights.update({f"{FIRST}B.weight": torch.ones(64, 4)})),
-        r"B of model.layers.0.self_attn.q_proj is \(64, 4\), expected \(128, 4\); load the base it was trained on \(.*tiny_llama\)",
+        lambda folder: edit_weights(
+            folder, lambda weights: weights.update({f"{FIRST}B.weight": torch.ones(64, 4)})
+        ),
+        r"B of model.layers.0.self_attn.q_proj is \(64, 4\), expected \(128, 4\); "
+        r"load the base it was trained on \(.*tiny_llama\)",
     ),
     "has half a pair": (
         "D2.6",
@@ -165,14 +212,26 @@ FAULTY = {  # number of the row, what is done to the adapter, how it is said
         "B of .* is missing, expected",
     ),
     "is no folder": ("D2.7", shutil.rmtree, f"holds no {CONFIG}: give a folder"),
-    "has no weights file": ("D2.7", lambda folder: (folder / WEIGHTS).unlink(), f"holds no {WEIGHTS}: give a folder"),
-    "has truncated weights": ("D2.7", lambda folder: cut(folder / WEIGHTS), "damaged .*: save or download it again"),
+    "has no weights file": (
+        "D2.7",
+        lambda folder: (folder / WEIGHTS).unlink(),
+        f"holds no {WEIGHTS}: give a folder",
+    ),
+    "has truncated weights": (
+        "D2.7",
+        lambda folder: cut(folder / WEIGHTS),
+        "damaged .*: save or download it again",
+    ),
     "has a web page for a config": (
         "D2.7",
         lambda folder: (folder / CONFIG).write_text("<html>"),
         "damaged .*: save or download it again",
     ),
-    "has a list for a config": ("D2.7", lambda folder: (folder / CONFIG).write_text("[]"), "does not describe LoRA: expected"),
+    "has a list for a config": (
+        "D2.7",
+        lambda folder: (folder / CONFIG).write_text("[]"),
+        "does not describe LoRA: expected",
+    ),
     "has a config without a rank": (
         "D2.7",
         lambda folder: (folder / CONFIG).write_text('{"peft_type": "LORA"}'),
@@ -189,13 +248,28 @@ FAULTY = {  # number of the row, what is done to the adapter, how it is said
         "lora_alpha='8', expected .* a number",
     ),
     "has no tensors": ("D2.7", lambda folder: edit_weights(folder, dict.clear), r"\(no weights\)"),
-    "is IA3": ("D2.9", lambda folder: edit_settings(folder, peft_type="IA3"), "does not describe LoRA: expected"),
+    "is IA3": (
+        "D2.9",
+        lambda folder: edit_settings(folder, peft_type="IA3"),
+        "does not describe LoRA: expected",
+    ),
     "is peft's DoRA": ("D2.9", save_dora, r"not plain LoRA \(use_dora\): load it with peft"),
-    "is PiSSA": ("D2.9", lambda folder: edit_settings(folder, init_lora_weights="pissa"), r"\(init_lora_weights=pissa\)"),
-    "has an alpha for each layer": ("D2.9", lambda folder: edit_settings(folder, alpha_pattern={"q_proj": 2}), "alpha_pattern"),
+    "is PiSSA": (
+        "D2.9",
+        lambda folder: edit_settings(folder, init_lora_weights="pissa"),
+        r"\(init_lora_weights=pissa\)",
+    ),
+    "has an alpha for each layer": (
+        "D2.9",
+        lambda folder: edit_settings(folder, alpha_pattern={"q_proj": 2}),
+        "alpha_pattern",
+    ),
     "has a whole output head": (
         "D2.9",
-        lambda folder: edit_weights(folder, lambda weights: weights.update({"base_model.model.lm_head.weight": torch.ones(2)})),
+        lambda folder: edit_weights(
+            folder,
+            lambda weights: weights.update({"base_model.model.lm_head.weight": torch.ones(2)}),
+        ),
         r"\(base_model.model.lm_head.weight\): load it with peft",
     ),
 }
@@ -209,7 +283,11 @@ def refused_files(folder, model, message):
 
 
 @pytest.mark.parametrize(
-    "fault", [pytest.param(fault, marks=pytest.mark.fault(FAULTY[fault][0], "the adapter {fault}")) for fault in FAULTY]
+    "fault",
+    [
+        pytest.param(fault, marks=pytest.mark.fault(FAULTY[fault][0], "the adapter {fault}"))
+        for fault in FAULTY
+    ],
 )
 def test_a_faulty_adapter_is_refused_and_the_model_stays(fault, folder, tiny, survived):
     _, damage, message = FAULTY[fault]
@@ -225,7 +303,10 @@ def test_a_sealed_adapter_that_changed_is_refused_by_its_checksum(what, folder, 
         cut(folder / WEIGHTS)
     else:
         edit_settings(folder, r=2)
-    message = f"differs from its checksum.*: save it again, or delete {sealing.SEAL} if another program changed it"
+    message = (
+        f"differs from its checksum.*: save it again, or delete {sealing.SEAL} if another program "
+        "changed it"
+    )
     survived(**refused_files(folder, tiny.model, message))
 
 
@@ -238,7 +319,13 @@ def test_an_adapter_of_another_architecture_is_refused(folder, survived):
 @pytest.mark.fault("D2.8", "the adapter is a malicious pickle, {name}")
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("adapter_model.bin", f"holds a pickle, which can run code.*: ask for the adapter as {WEIGHTS}"), (WEIGHTS, "is damaged")],
+    [
+        (
+            "adapter_model.bin",
+            f"holds a pickle, which can run code.*: ask for the adapter as {WEIGHTS}",
+        ),
+        (WEIGHTS, "is damaged"),
+    ],
 )
 def test_a_pickled_adapter_is_not_read(name, message, folder, canary, tiny, survived):
     for file in (sealing.SEAL, WEIGHTS):
@@ -253,7 +340,9 @@ def test_a_pickled_adapter_is_not_read(name, message, folder, canary, tiny, surv
 FULL_DISK = {
     "at the weights": (
         "course_lib.peft_format.save_file",
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
     ),
     "at the seal": ("course_lib.sealing.seal", OSError(errno.ENOSPC, "No space left on device")),
 }
@@ -271,7 +360,10 @@ def test_a_full_disk_leaves_the_old_adapter(place, folder, monkeypatch, survived
     before, model = snapshot(folder.parent), adapted()
     message = r"cannot be written \(.*No space left on device.*; 0\.\d MB\): choose another folder"
     outcome = refused(lambda: save_adapter(model, folder), model, message)
-    survived(said=outcome["said"], lost=outcome["lost"] + ([] if snapshot(folder.parent) == before else ["files"]))
+    survived(
+        said=outcome["said"],
+        lost=outcome["lost"] + ([] if snapshot(folder.parent) == before else ["files"]),
+    )
 
 
 def save_another(folder, fault):
@@ -287,20 +379,33 @@ IN_A_SAVE = {  # what is called there, for which time
 }
 
 
-@pytest.mark.fault("D2.11", "killed with SIGKILL while it saved an adapter in place of another one, {place}")
+@pytest.mark.fault(
+    "D2.11", "killed with SIGKILL while it saved an adapter in place of another one, {place}"
+)
 @pytest.mark.parametrize("place", first_fast(IN_A_SAVE))
 def test_a_save_that_is_killed_leaves_the_old_adapter(place, folder, tiny, survived):
     expected, before = adapted(targets=["q_proj", "v_proj"]), snapshot(folder)
-    process = PROCESSES.Process(target=save_another, args=(folder, functools.partial(die_at, *IN_A_SAVE[place])))
+    process = PROCESSES.Process(
+        target=save_another, args=(folder, functools.partial(die_at, *IN_A_SAVE[place]))
+    )
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert names(folder.parent) == [f"{sealing.PARTIAL}{folder.name}", folder.name], "it was not killed in this save"
+    assert names(folder.parent) == [f"{sealing.PARTIAL}{folder.name}", folder.name], (
+        "it was not killed in this save"
+    )
     load_adapter(tiny.model, folder)
-    lost = [] if snapshot(folder) == before and torch.equal(logits(tiny.model), logits(expected)) else ["the old adapter"]
+    lost = (
+        []
+        if snapshot(folder) == before and torch.equal(logits(tiny.model), logits(expected))
+        else ["the old adapter"]
+    )
     save_another(folder, lambda: None)
     lost += [] if os.listdir(folder.parent) == [folder.name] else ["order in the folder"]
-    survived(said="nothing: load_adapter gives the old one, and the next save_adapter replaces it", lost=lost)
+    survived(
+        said="nothing: load_adapter gives the old one, and the next save_adapter replaces it",
+        lost=lost,
+    )
 
 
 # --- D2.12: choosing adapters
@@ -313,7 +418,10 @@ def test_a_blend_that_some_layers_would_get_half_of_is_refused(survived):
     before = logits(model)
     message = "'one' and 'two' change different layers: blend adapters made with the same targets"
     outcome = refused(lambda: use_adapters(model, {"one": 0.5, "two": 0.5}), model, message)
-    survived(said=outcome["said"], lost=outcome["lost"] + ([] if torch.equal(logits(model), before) else ["the choice"]))
+    survived(
+        said=outcome["said"],
+        lost=outcome["lost"] + ([] if torch.equal(logits(model), before) else ["the choice"]),
+    )
 
 
 @pytest.mark.fault("D2.12", "use_adapters with an unknown name, of {adapters} known ones")
@@ -321,8 +429,13 @@ def test_a_blend_that_some_layers_would_get_half_of_is_refused(survived):
 def test_an_unknown_adapter_is_answered_with_the_known_ones(adapters, known, survived):
     model = adapted(name="two") if adapters else fresh_tiny().model
     before = logits(model)
-    outcome = refused(lambda: use_adapters(model, "one"), model, f"'one' is not known, the model has {known}")
-    survived(said=outcome["said"], lost=outcome["lost"] + ([] if torch.equal(logits(model), before) else ["the choice"]))
+    outcome = refused(
+        lambda: use_adapters(model, "one"), model, f"'one' is not known, the model has {known}"
+    )
+    survived(
+        said=outcome["said"],
+        lost=outcome["lost"] + ([] if torch.equal(logits(model), before) else ["the choice"]),
+    )
 
 
 @pytest.mark.fault("D2.12", "use_adapters with {choice!r}")
@@ -330,8 +443,15 @@ def test_an_unknown_adapter_is_answered_with_the_known_ones(adapters, known, sur
 def test_a_choice_that_is_neither_a_name_nor_weights_is_refused(choice, survived):
     model = adapted(adapted(name="one"), name="two")
     before = logits(model)
-    outcome = refused(lambda: use_adapters(model, choice), model, "expected a name, weights such as .*, or {} for nothing")
-    survived(said=outcome["said"], lost=outcome["lost"] + ([] if torch.equal(logits(model), before) else ["the choice"]))
+    outcome = refused(
+        lambda: use_adapters(model, choice),
+        model,
+        "expected a name, weights such as .*, or {} for nothing",
+    )
+    survived(
+        said=outcome["said"],
+        lost=outcome["lost"] + ([] if torch.equal(logits(model), before) else ["the choice"]),
+    )
 
 
 @pytest.mark.fault("D2.12", "finetune with no adapter in use")
@@ -344,7 +464,10 @@ def test_training_without_an_adapter_in_use_is_refused(machine, survived):
 
 # --- D2.13: fusion
 
-FUSED = {"fused_losses": fused_losses, "train_fused": lambda model, step, pad: train_fused(model, [step], 1e-3, pad)}
+FUSED = {
+    "fused_losses": fused_losses,
+    "train_fused": lambda model, step, pad: train_fused(model, [step], 1e-3, pad),
+}
 
 
 @pytest.mark.fault("D2.13", "{function} with a job that is no adapter")
@@ -375,7 +498,11 @@ def test_tokens_of_another_tokenizer_are_refused(function, survived):
 @pytest.mark.fault("D2.13", "train_fused with {what}")
 @pytest.mark.parametrize("what", ["no steps", "jobs in place of steps", "a generator"])
 def test_steps_are_a_list_that_is_not_empty(what, survived):
-    steps = {"no steps": [], "jobs in place of steps": {"one": [[example(4, 0)]]}, "a generator": (step for step in [BATCHES])}
+    steps = {
+        "no steps": [],
+        "jobs in place of steps": {"one": [[example(4, 0)]]},
+        "a generator": (step for step in [BATCHES]),
+    }
     model = with_jobs()
     message = r"expected a list of steps, at least one: schedule\(jobs, budget\) makes it"
     survived(**refused(lambda: train_fused(model, steps[what], 1e-3, PAD), model, message))
@@ -384,7 +511,9 @@ def test_steps_are_a_list_that_is_not_empty(what, survived):
 @pytest.mark.fault("D2.13", "schedule with budget={budget!r}")
 @pytest.mark.parametrize("budget", [0, float("nan"), "100", None])
 def test_a_budget_is_a_whole_number(budget, survived):
-    with pytest.raises(CourseError, match="budget=.* must be a whole number of tokens, at least 1") as stop:
+    with pytest.raises(
+        CourseError, match="budget=.* must be a whole number of tokens, at least 1"
+    ) as stop:
         schedule({"one": [[example(4, 0)]]}, budget)
     survived(said=stop.value, lost=[])
 
@@ -392,7 +521,8 @@ def test_a_budget_is_a_whole_number(budget, survived):
 @pytest.mark.fault("D2.13", "schedule with a list of examples in place of a list of batches")
 def test_a_job_of_examples_is_refused(survived):
     with pytest.raises(
-        CourseError, match="batch 1 of job 'one' is no list of examples: give each job a list of such lists"
+        CourseError,
+        match="batch 1 of job 'one' is no list of examples: give each job a list of such lists",
     ) as stop:
         schedule({"one": [example(4, 0)]}, 100)
     survived(said=stop.value, lost=[])

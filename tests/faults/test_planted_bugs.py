@@ -1,4 +1,6 @@
-"""The tests can fail: three bugs, each planted by hand into a copy of the course, turn the test red that is about it."""
+"""The tests can fail: three bugs, each planted by hand into a copy of the course, turn the test red
+that is about it.
+"""
 
 import contextlib
 import multiprocessing
@@ -12,8 +14,11 @@ import pytest
 from tests.fixtures.rows import first_fast
 
 ROOT = Path(__file__).parents[2]
-PROCESSES = multiprocessing.get_context("forkserver")  # of its own: what it preloads holds nothing of the course
-PROCESSES.set_forkserver_preload(["accelerate", "transformers.models.llama.modeling_llama", "pytest"])
+# of its own: what it preloads holds nothing of the course
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["accelerate", "transformers.models.llama.modeling_llama", "pytest"]
+)
 BUGS = {
     "labels shifted by one": (
         "course_lib/objective.py",
@@ -46,7 +51,9 @@ def copy(tmp_path):
 
 
 def pytest_here(copy, tests):
-    """Run tests of the copy in this process, which has imported the libraries and nothing of the course."""
+    """Run tests of the copy in this process, which has imported the libraries and nothing of the
+    course.
+    """
     assert "course_lib" not in sys.modules
     os.chdir(copy)
     sys.path.insert(0, str(copy))

@@ -1,4 +1,5 @@
-"""Put on PYTHONPATH by `make test`: every address outside this machine is refused, as on a machine without a network.
+"""Put on PYTHONPATH by `make test`: every address outside this machine is refused, as on a machine
+without a network.
 
 Jupyter kernels talk over 127.0.0.1, so that stays open.
 """
@@ -6,7 +7,11 @@ Jupyter kernels talk over 127.0.0.1, so that stays open.
 import errno
 import socket
 
-_connect, _connect_ex, _getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+_connect, _connect_ex, _getaddrinfo = (
+    socket.socket.connect,
+    socket.socket.connect_ex,
+    socket.getaddrinfo,
+)
 
 
 def _is_local(host: object) -> bool:
@@ -34,4 +39,8 @@ def getaddrinfo(host: object, *rest: object, **options: object) -> list:
     return _getaddrinfo(host, *rest, **options)
 
 
-socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo = connect, connect_ex, getaddrinfo
+socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo = (
+    connect,
+    connect_ex,
+    getaddrinfo,
+)

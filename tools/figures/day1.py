@@ -2,17 +2,26 @@
 
 import html
 import re
+import textwrap
 from collections.abc import Callable
 
-from drawing import (
+from matplotlib.axes import Axes
+
+from course_lib import memory, plots
+from course_lib.alpaca import Record
+from course_lib.plots import ACCENT, GOOD, INK, PALE
+from tools.figures.drawing import (
     MASKED,
     MUTED,
     TRAINED,
     Notebook,
     Row,
+    Statements,
     arrow,
     box,
     canvas,
+    found,
+    headline,
     picture,
     printed,
     shown,
@@ -20,18 +29,23 @@ from drawing import (
     week_rows,
     widened,
 )
-from matplotlib.axes import Axes
-
-from course_lib import memory, plots
-from course_lib.plots import ACCENT, GOOD, INK, PALE
 
 NAME = "day1_alpaca"
 LLAMA_65B = 65_285_660_672
+ALPACA_RECORDS, ALPACA_BATCH, ALPACA_EPOCHS = 52_002, 128, 3
+FORGOTTEN = (
+    "Which company makes the iPhone?",
+    "What is the top number",
+    "Which Italian city is known",
+)
 Piece = tuple[str, bool]  # the text of a token, and whether it is trained
 
 
 def figures(notebook: Notebook) -> dict[str, Callable[[], Axes | bytes]]:
-    """What draws each figure of the day. Two whose numbers the notebook does not print are its own pictures, as they are."""
+    """What draws each figure of the day.
+
+    Two whose numbers the notebook does not print are its own pictures, as they are.
+    """
     pieces = mask_pieces(notebook)
     return {
         "next_tokens": lambda: picture(notebook, "plots.plot_next_tokens("),
@@ -50,35 +64,50 @@ def figures(notebook: Notebook) -> dict[str, Callable[[], Axes | bytes]]:
 
 def tables(notebook: Notebook) -> list[list[Row]]:
     """The tables of the deck that are measured."""
-    return [week_rows("untouched|full fine-tuning")]
+    return [week_rows("untouched", "full fine-tuning"), forgotten_rows(notebook)]
+
+
+def forgotten_rows(notebook: Notebook) -> list[Row]:
+    """Three of the questions that the notebook shows as lost, with the begin of both replies."""
+    rows = table_rows(notebook, "lost = [")
+    chosen = [row for start in FORGOTTEN for row in rows if row["question"].startswith(start)]
+    if len(chosen) < len(FORGOTTEN):
+        raise ValueError(
+            f"not all of {FORGOTTEN} were lost: choose others, and say so in the notes of the deck"
+        )
+    return [
+        {name: textwrap.shorten(text, 80, placeholder=" …") for name, text in row.items()}
+        for row in chosen
+    ]
 
 
 def mask_pieces(notebook: Notebook) -> list[Piece]:
     """The tokens of the example that the notebook shows with show_mask."""
-    spans = re.findall(r'<span style="background:(#\w+)[^"]*">(.*?)</span>', shown(notebook, "batching.show_mask(", "text/html"))
-    texts = (html.unescape(text.replace("<br>", "\n")).replace("\N{NO-BREAK SPACE}", " ") for _, text in spans)
+    spans = re.findall(
+        r'<span style="background:(#\w+)[^"]*">(.*?)</span>',
+        shown(notebook, "batching.show_mask(", "text/html"),
+    )
+    texts = (
+        html.unescape(text.replace("<br>", "\n")).replace("\N{NO-BREAK SPACE}", " ")
+        for _, text in spans
+    )
     return [(text, color == TRAINED) for text, (color, _) in zip(texts, spans, strict=True)]
-
-
-def headline(notebook: Notebook) -> dict[str, tuple[int, int]]:
-    """Percentages before and after, by measure, from the cell that prints the day's result."""
-    text = printed(notebook, '"valid JSON", evaluation.percent(')
-    found = re.findall(r"^(\D+?) (\d+) ± \d+ %.*→ (\d+) ± \d+ %$", text, re.M)
-    return {name: (int(before), int(after)) for name, before, after in found}
 
 
 def draw_before_after(notebook: Notebook) -> Axes:
     labels = {"right answer": "right answer\n(before: free form)"}
     shares = {
-        labels.get(name, name): {"before": before / 100, "after": after / 100}
-        for name, (before, after) in headline(notebook).items()
+        labels.get(name, name): {when: result[when] / 100 for when in ("before", "after")}
+        for name, result in headline(notebook).items()
     }
     return widened(plots.plot_shares(shares, ""))
 
 
 def draw_topics(notebook: Notebook) -> Axes:
     """Right answers by topic; to the left the topics none of whose answers occurs in training."""
-    rows = [row for row in table_rows(notebook, 'rows.append({"topic": "all"}') if row["topic"] != "all"]
+    rows = [
+        row for row in table_rows(notebook, 'rows.append({"topic": "all"}') if row["topic"] != "all"
+    ]
     rows.sort(key=lambda row: int(row["seen"]) > 0)
     unseen = sum(row["seen"] == "0" for row in rows)
     shares = {
@@ -91,7 +120,13 @@ def draw_topics(notebook: Notebook) -> Axes:
     axes = widened(plots.plot_shares(shares, ""))
     axes.axvline(unseen - 0.5, color=INK, linestyle=":", linewidth=1.5)
     axes.text((unseen - 1) / 2, 104, "no answer occurs in training", ha="center", color=INK)
-    axes.text((unseen + len(rows) - 1) / 2, 104, "answers of other questions recur", ha="center", color=INK)
+    axes.text(
+        (unseen + len(rows) - 1) / 2,
+        104,
+        "answers of other questions recur",
+        ha="center",
+        color=INK,
+    )
     axes.set(ylabel="% right", ylim=(0, 116), yticks=range(0, 101, 20))
     axes.tick_params(axis="x", labelsize=14.5)
     return axes
@@ -113,7 +148,10 @@ def draw_bills() -> Axes:
     axes = plots.plot_bills(bills, "")
     for label, bill in zip(axes.texts, memory.BILLS.values(), strict=True):
         label.set_text(f" {round(LLAMA_65B * bill.bytes_per_parameter / 1e9)}")
-    axes.set_yticks(range(len(bills)), [f"{name}: {bill.bytes_per_parameter} bytes" for name, bill in memory.BILLS.items()])
+    axes.set_yticks(
+        range(len(bills)),
+        [f"{name}: {bill.bytes_per_parameter} bytes" for name, bill in memory.BILLS.items()],
+    )
     axes.set_xlabel("GB to train 65 billion weights")
     axes.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.35, -0.2))
     return widened(axes)
@@ -144,7 +182,13 @@ def draw_history() -> Axes:
                 arrow(axes, start, end, GOOD)
         else:
             for x in seen:
-                arrow(axes, (x, y + 0.26), (target - 0.1, y + 0.26), GOOD, bend=-0.5 * (target - x) ** -0.62)
+                arrow(
+                    axes,
+                    (x, y + 0.26),
+                    (target - 0.1, y + 0.26),
+                    GOOD,
+                    bend=-0.5 * (target - x) ** -0.62,
+                )
     return axes
 
 
@@ -154,7 +198,17 @@ def draw_self_instruct() -> Axes:
     box(axes, 4.5, 3.4, 2.2, 1.1, "pool of tasks", PALE)
     box(axes, 8.9, 3.4, 3.6, 1.1, "a large model writes\nnew tasks and answers", TRAINED)
     box(axes, 6.7, 1.1, 4.0, 1.1, "keep what is new:\nROUGE-L below 0.7 to all", PALE)
-    box(axes, 1.75, 1.1, 3.2, 1.1, "fine-tune\nthe small model", ACCENT, color="white", weight="bold")
+    box(
+        axes,
+        1.75,
+        1.1,
+        3.2,
+        1.1,
+        "fine-tune\nthe small model",
+        ACCENT,
+        color="white",
+        weight="bold",
+    )
     arrow(axes, (2.45, 3.4), (3.38, 3.4))
     arrow(axes, (5.62, 3.4), (7.08, 3.4))
     axes.text(6.33, 3.62, "examples", ha="center", va="bottom", color=INK)
@@ -180,14 +234,29 @@ def draw_mask(pieces: list[Piece], columns: int = 74) -> Axes:
         x, y = 0.05, step * (len(lines) - row - 0.5) + 0.05
         for text, trained in line:
             width = advance * len(text)
-            style = {"family": "DejaVu Sans Mono", "size": size, "color": "#081c15" if trained else MUTED}
-            box(axes, x + width / 2, y, width - 0.03, 0.44, text, TRAINED if trained else MASKED, **style)
+            style = {
+                "family": "DejaVu Sans Mono",
+                "size": size,
+                "color": "#081c15" if trained else MUTED,
+            }
+            box(
+                axes,
+                x + width / 2,
+                y,
+                width - 0.03,
+                0.44,
+                text,
+                TRAINED if trained else MASKED,
+                **style,
+            )
             x += width
     return axes
 
 
 def draw_shift(pieces: list[Piece]) -> Axes:
-    """The end of the prompt, the begin and the end of the answer: what is read, and what is asked for at that place."""
+    """The end of the prompt, the begin and the end of the answer: what is read, and what is asked
+    for at that place.
+    """
     first = next(index for index, (_, trained) in enumerate(pieces) if trained)
     middle, last = range(first - 2, first + 3), range(len(pieces) - 3, len(pieces))
     columns = [*middle, None, *last]
@@ -207,13 +276,26 @@ def draw_shift(pieces: list[Piece]) -> Axes:
         token_box(axes, x, 0.95, pieces[index + 1])
         counts = pieces[index + 1][1]
         arrow(axes, (x, 2.4), (x, 1.3), GOOD if counts else MUTED)
-        axes.text(x, 0.35, "counts" if counts else "ignored", ha="center", va="center", size=15, color=GOOD if counts else MUTED)
+        axes.text(
+            x,
+            0.35,
+            "counts" if counts else "ignored",
+            ha="center",
+            va="center",
+            size=15,
+            color=GOOD if counts else MUTED,
+        )
     return axes
 
 
 def draw_padding(notebook: Notebook) -> Axes:
-    """A row that is padded with EOS, masked in the two ways, and how many EOS labels the notebook counts in its four rows."""
-    found = re.findall(r"EOS labels in (\d+) rows, masked by (position|token id): (\d+)", printed(notebook, "by_id = "))
+    """A row that is padded with EOS, masked in the two ways, and how many EOS labels the notebook
+    counts in its four rows.
+    """
+    found = re.findall(
+        r"EOS labels in (\d+) rows, masked by (position|token id): (\d+)",
+        printed(notebook, "by_id = "),
+    )
     axes = canvas(11, 4.2)
     for x, text in ((4.35, "the row's own tokens"), (7.65, "padding")):
         axes.text(x, 3.9, text, ha="center", va="center", color=INK)
@@ -221,18 +303,43 @@ def draw_padding(notebook: Notebook) -> Axes:
         kept = int(left) > 0
         axes.text(0.05, y + 0.22, "masked by", color=INK, va="center")
         axes.text(0.05, y - 0.22, way, color=INK, weight="bold", va="center")
-        pieces = [("prompt", False), ("answer", True), ("EOS", kept), ("EOS", False), ("EOS", False), ("EOS", False)]
+        pieces = [
+            ("prompt", False),
+            ("answer", True),
+            ("EOS", kept),
+            ("EOS", False),
+            ("EOS", False),
+            ("EOS", False),
+        ]
         for (text, trained), x in zip(pieces, (2.85, 4.35, 5.6, 6.65, 7.65, 8.65), strict=True):
             width = 1.4 if x < 5 else 0.94
-            box(axes, x, y, width, 0.7, text, TRAINED if trained else MASKED, color=INK if trained else MUTED)
-        axes.text(9.35, y + 0.22, f"{left} EOS labels", color=GOOD if kept else ACCENT, weight="bold", va="center")
+            box(
+                axes,
+                x,
+                y,
+                width,
+                0.7,
+                text,
+                TRAINED if trained else MASKED,
+                color=INK if trained else MUTED,
+            )
+        axes.text(
+            9.35,
+            y + 0.22,
+            f"{left} EOS labels",
+            color=GOOD if kept else ACCENT,
+            weight="bold",
+            va="center",
+        )
         axes.text(9.35, y - 0.22, f"in {rows} rows", color=INK, va="center")
     axes.text(5.6, 0.3, "never trained", ha="center", va="center", color=ACCENT)
     return axes
 
 
 def draw_border() -> Axes:
-    """The end of the prompt and the begin of an answer that opens with a quote, tokenised as one text and apart."""
+    """The end of the prompt and the begin of an answer that opens with a quote, tokenised as one
+    text and apart.
+    """
     axes = canvas(11, 3.7)
     mono = {"family": "DejaVu Sans Mono", "size": 20}
     for y, name, about in (
@@ -256,4 +363,70 @@ def draw_border() -> Axes:
 def token_box(axes: Axes, x: float, y: float, piece: Piece) -> None:
     text, trained = piece
     text = "EOS" if text.startswith("<|") else text.strip()
-    box(axes, x, y, 0.99, 0.62, text, TRAINED if trained else MASKED, family="DejaVu Sans Mono", size=14)
+    box(
+        axes,
+        x,
+        y,
+        0.99,
+        0.62,
+        text,
+        TRAINED if trained else MASKED,
+        family="DejaVu Sans Mono",
+        size=14,
+    )
+
+
+# --- what the deck says beside its figures and tables
+
+
+def stated(notebook: Notebook) -> Statements:
+    """What the slides say with the notebook's own numbers."""
+    tokens, trained = found(
+        notebook, '"tokens, of which supervised:"', r"(\d+) tokens, of which supervised: (\d+)"
+    )
+    vocabulary, rank = found(notebook, "has rank", r"each of ([\d,]+) tokens.*rank (\d+)")
+    (loss,) = found(notebook, "theirs = ", r"loss ([\d.]+);")
+    inside, positions = found(notebook, "theirs = ", r"positions in the head: (\d+) of (\d+)")
+    (perplexity,) = found(notebook, "theirs = ", r"exp\(loss\): (\d+)")
+    before, after = found(
+        notebook, "topics with no answer seen", r"right before (\d+), after (\d+)"
+    )
+    (unseen,) = found(notebook, "topics with no answer seen", r"training: (\d+) questions")
+    lost, wrapped = found(notebook, "lost = [", r"(\d+) of \d+ lost, .* JSON: (\d+)")
+    (steps,) = found(notebook, "steps=STEPS,", r"(\d+) steps")
+    (train,) = found(notebook, "things = {}", r"train (\d+) questions")
+    (test,) = found(notebook, "things = {}", r"test (\d+) questions")
+    assert int(wrapped) == 0, "the slide says that none was wrapped in JSON"
+    template = Record("Give the capital of this country.", "Copenhagen", input="Denmark").prompt
+    alpacas_steps = -(-ALPACA_RECORDS // ALPACA_BATCH) * ALPACA_EPOCHS
+    return {
+        "A model is a distribution": [f'each of {vocabulary} tokens; " blue" has rank {rank}'],
+        "A template turns": [template],
+        "The same recipe at two sizes": [f"| optimizer steps | {alpacas_steps:,} | {steps} |"],
+        "Only the answer": [f"{trained} of {tokens} tokens"],
+        "The loss: mean": [f"between {perplexity} tokens"],
+        "Only supervised positions": [
+            f"a score to each of {vocabulary} tokens",
+            f"| positions through the head | {positions} | {inside} |",
+            f"| loss | {loss} |",
+        ],
+        "The task of the week": [f"{train} questions to train, {test} to validate, {test} to test"],
+        "The loss falls": [f"{steps} steps of 4"],
+        "Answers that stand in no": [f"rose from {before} to {after} of {unseen}"],
+        "What was forgotten": [f"{lost} of 100 plain questions"],
+    }
+
+
+def said(notebook: Notebook) -> Statements:
+    """What the notes say with them."""
+    result = {
+        name: tuple(round(of[when]) for when in ("before", "after"))
+        for name, of in headline(notebook).items()
+    }
+    statements = [
+        "from {} to {} percent: that is the new behaviour".format(*result["valid JSON"]),
+        f"right topic follows, {result['right topic'][1]} percent",
+        "rises from {} to {} percent".format(*result["right answer"]),
+        "retention falls from {} to {}".format(*result["retention"]),
+    ]
+    return {"The form: from never to nearly always": statements}
