@@ -327,10 +327,7 @@ def _words(text: str) -> list[str]:
 
 
 def _problem(row: Any, extra: Sequence[str]) -> tuple[str, str] | None:
-    """Why a row cannot be used:
-
-    (reason, details), or None. A missing input counts as an empty one.
-    """
+    """Why a row cannot be used: (reason, details), or None. A missing input is an empty one."""
     if not isinstance(row, dict):
         return "not an object", f"found {_kind(row)}"
     for name in (*FIELDS, *extra):

@@ -79,9 +79,9 @@ def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def encode_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids the model answers to:
+    """The ids the model answers to, after BOS where the tokenizer puts one by default.
 
-    BOS where the tokenizer's own default puts one (Llama 2 does, SmolLM2 does not).
+    Llama 2's does, SmolLM2's does not.
     """
     default = tokenizer("")["input_ids"]
     bos = default[:1] if default[:1] == [tokenizer.bos_token_id] else []
@@ -91,9 +91,9 @@ def encode_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[
 def encode(
     record: Record, tokenizer: "PreTrainedTokenizerBase", *, mask_prompt: bool = True
 ) -> Example:
-    """Prompt, answer, EOS. mask_prompt:
+    """Prompt, answer, EOS.
 
-    False trains on the prompt too, for the comparison of Day 1.
+    mask_prompt: False trains on the prompt too, for the comparison of Day 1
 
     >>> from course_lib import models, runtime
     >>> tokenizer = models.load("tiny", runtime.detect()).tokenizer
@@ -270,12 +270,12 @@ def collate_packed(
 ) -> dict[str, Tensor]:
     """Packed rows as a batch in which no example sees another.
 
-    dtype: of the mask, the one that the model computes in Returns input_ids, labels and
-    position_ids, each (N, T) int64, and attention_mask (N, 1, T, T), which is added to the
-    attention
-    scores: 0 where a position sees another, the lowest number where not. Positions count from 0 in
-    each example. Its first label is -100: the position before it belongs to another example. A
-    padding position sees itself only.
+    dtype: of the mask, the one that the model computes in
+
+    Returns input_ids, labels and position_ids, each (N, T) int64, and attention_mask (N, 1, T, T),
+    which is added to the attention scores: 0 where a position sees another, the lowest number where
+    not. Positions count from 0 in each example. Its first label is -100: the position before it
+    belongs to another example. A padding position sees itself only.
     """
     longest = max(sum(map(len, row)) for row in rows)
     shape = (len(rows), longest)

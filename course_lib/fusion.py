@@ -84,9 +84,10 @@ def fused_losses(model: nn.Module, batches: Mapping[str, Batch], pad_id: int) ->
     """The loss of each job, the mean over its own supervised positions, from one forward over the
     rows of all.
 
-    batches: name of an adapter -> its examples Raises CourseError for a name that no adapter has
-    and for a token that the model does not know, and TrainingError for a job without a supervised
-    position.
+    batches: name of an adapter -> its examples
+
+    Raises CourseError for a name that no adapter has and for a token that the model does not know,
+    and TrainingError for a job without a supervised position.
     """
     examples = [example for batch in batches.values() for example in batch]
     if not examples:

@@ -44,9 +44,10 @@ def probe(
 ) -> None:
     """Return if `filename` of `repository` can be downloaded, else raise HubError.
 
-    repository: "owner/name" of a model, or "datasets/owner/name" A busy Hub (429 or 5xx) is asked a
-    second time; the two requests together take at most 2 * deadline + 1 seconds. A Hub that did not
-    answer is not asked again by this process.
+    repository: "owner/name" of a model, or "datasets/owner/name"
+
+    A busy Hub (429 or 5xx) is asked a second time; the two requests together take at most
+    2 * deadline + 1 seconds. A Hub that did not answer is not asked again by this process.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         raise HubError("HF_HUB_OFFLINE is set")
@@ -82,9 +83,11 @@ def download(repository: str, patterns: Sequence[str] = ()) -> Path:
 
     repository: as for `probe`, which is asked first
     patterns: which files to fetch from the top of the repository, one pattern after the other; all
-    files if there are none Raises HubError, for a Hub that hangs after SILENCE_SECONDS. Only a
-    process can be stopped in the middle of a request, so another one downloads; without Xet, whose
-    transfers have long pauses of their own.
+        files if there are none
+
+    Raises HubError, for a Hub that hangs after SILENCE_SECONDS. Only a process can be stopped in
+    the middle of a request, so another one downloads; without Xet, whose transfers have long pauses
+    of their own.
     """
     from huggingface_hub import constants
 

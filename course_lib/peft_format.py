@@ -1,6 +1,4 @@
-"""Adapters as files in peft's format:
-
-`PeftModel.from_pretrained(base, folder)` reads what is written here, and the reverse.
+"""Adapters as files in peft's format: `PeftModel.from_pretrained` reads them, and we read peft's.
 
     adapter_config.json            rank, alpha, names of the layers
     adapter_model.safetensors      base_model.model.<layer>.lora_A.weight (r, d_in),

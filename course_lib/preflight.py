@@ -2,8 +2,8 @@
 stops a cell.
 
 The ranges are those in the installed package's own metadata, so they stand in one place,
-pyproject.toml. Nothing heavy is imported
-before the versions fit: the look works where torch or transformers are old, missing or broken.
+pyproject.toml. Nothing heavy is imported before the versions fit: the look works where torch or
+transformers are old, missing or broken.
 """
 
 import importlib

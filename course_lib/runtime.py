@@ -43,9 +43,9 @@ def first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What torch says about the first CUDA device. capability:
+    """What torch says about the first CUDA device.
 
-    (major, minor), for example (7, 5) for a T4.
+    capability: (major, minor), for example (7, 5) for a T4
     """
 
     name: str
@@ -104,16 +104,10 @@ def decide(gpu: Gpu | None, override: str | None, cores: int, memory_bytes: int)
         major, minor = gpu.capability
         found = f"{gpu.name} has capability {major}.{minor}"
         if gpu.capability >= BF16_CAPABILITY:
-            return Machine(
-                "cuda", "bfloat16", gpu.memory_bytes, cores, f"{found}, 8.0 or above, so bf16"
-            )
-        return Machine(
-            "cuda",
-            "float16",
-            gpu.memory_bytes,
-            cores,
-            f"{found}, below 8.0, so fp16 and never bf16",
-        )
+            dtype, reason = "bfloat16", f"{found}, 8.0 or above, so bf16"
+        else:
+            dtype, reason = "float16", f"{found}, below 8.0, so fp16 and never bf16"
+        return Machine("cuda", dtype, gpu.memory_bytes, cores, reason)
     if gpu is not None:
         reason = f"COURSE_DEVICE=cpu, although {gpu.name} is here"
     elif override == "cuda":
@@ -132,9 +126,10 @@ def detect() -> Machine:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         gpu = Gpu(properties.name, (properties.major, properties.minor), properties.total_memory)
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        cores = os.cpu_count() or 1
     return decide(gpu, os.environ.get("COURSE_DEVICE"), cores, psutil.virtual_memory().total)
 
 

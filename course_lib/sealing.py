@@ -37,9 +37,9 @@ def partial_folder(final: Path) -> Path:
 
 
 def publish(partial: Path, final: Path, facts: dict) -> None:
-    """Seal `partial` and rename it to `final`, replacing what is there. facts:
+    """Seal `partial` and rename it to `final`, replacing what is there.
 
-    JSON values to keep in the seal.
+    facts: JSON values to keep in the seal
     """
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     seal(partial, files, facts)

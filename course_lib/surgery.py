@@ -268,8 +268,10 @@ def empty_model(source: "PreTrainedConfig | Path | str") -> "PreTrainedModel":
     whatever its size.
 
     source: a transformers config, or the name of a course model, a folder, or a Hub id, of which
-    only config.json is read Raises CourseError if that cannot be had, or describes another kind of
-    model. Code that comes with a config is not run.
+        only config.json is read
+
+    Raises CourseError if that cannot be had, or describes another kind of model. Code that comes
+    with a config is not run.
     """
     from transformers import AutoModelForCausalLM
 

@@ -42,10 +42,7 @@ Say = Callable[[str], None]
 
 
 class TrainingError(CourseError):
-    """Training cannot start or go on; the message says what to change.
-
-    Checkpoints stay as they are.
-    """
+    """Training cannot start or go on; the message says what to change. Checkpoints stay."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +124,7 @@ def finetune(
     progress: bool = True,
     say: Say = print,
 ) -> Run:
-    """Train the weights of `base.model` that require a gradient, in place:
-
-    AdamW, linear decay to 0.
+    """Train the weights of `base.model` that require a gradient, in place: AdamW, linear decay.
 
     steps: optimizer steps, each on batch_size * accumulate examples (of each process)
     folder, save_every: keep checkpoints in `folder`; a run that finds one there goes on from it
@@ -138,10 +133,10 @@ def finetune(
     after_step: (model, step), called after the optimizer's step, with the gradients still there,
         but not after a skipped one; with state_dict and load_state_dict, checkpoints keep its state
     progress: show a bar with the loss
-    say: gets a line about a resumed run, a damaged or missing checkpoint, less memory, skipped
-    steps Raises TrainingError or CheckpointError before the first step for what cannot work;
-    TrainingError in mid-run for a loss or gradient that is not finite, or when memory does not
-    suffice.
+    say: gets a line about a resumed run, a damaged checkpoint, less memory, skipped steps
+
+    Raises TrainingError or CheckpointError before the first step for what cannot work,
+    TrainingError in mid-run for a loss or gradient that is not finite, or too little memory.
     """
     settings = Settings(steps, batch_size, accumulate, learning_rate, warmup_steps, seed)
     if (folder is None) != (save_every is None):
@@ -199,9 +194,7 @@ def _train(
     show: bool,
     note: Say,
 ) -> int:
-    """The loop.
-
-    Appends the loss of each step to `losses`; returns how many a checkpoint had behind it.
+    """The loop: appends the loss of each step to `losses`, returns how many a checkpoint had.
 
     drawn: the examples of all steps and processes, one step after the other
     """
@@ -227,8 +220,7 @@ def _train(
         starts = range(process * size, per_step, processes * size)
         batches = [examples[start : start + size] for start in starts]
 
-        # Forward, loss and backward (below); with fewer examples at a time where memory does not
-        # suffice.
+        # Forward, loss and backward (below); fewer examples at a time if memory does not suffice.
         passes = partial(_forward_backward, model, batches, tokens, loss, scaler, machine, pad_id)
         step_loss, fewer = _in_memory(passes, rows, size)
         if fewer < rows:
@@ -273,8 +265,7 @@ def _forward_backward(
     pad_id: int,
     rows: int,
 ) -> float:
-    """Forward and backward of micro-batches, at most `rows` examples at a time; the loss of the
-    step.
+    """Forward and backward, at most `rows` examples at a time; the loss of the step.
 
     The loss is a sum over tokens, so the gradients of parts add up to those of the whole.
     tokens: of the step, in all processes
@@ -347,9 +338,8 @@ def check_weights(model: nn.Module) -> None:
     """Raise TrainingError if no weight requires a gradient, or one that does is not float32."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     if not trained:
-        raise TrainingError(
-            "no weight requires a gradient, so nothing would be trained: add an adapter"
-        )
+        found = "no weight requires a gradient, so nothing would be trained"
+        raise TrainingError(f"{found}: add an adapter")
     if dtypes := {weight.dtype for weight in trained} - {torch.float32}:
         found = f"trained weights are {dtypes.pop()}, expected float32"
         raise TrainingError(f"{found}: load the model with dtype=torch.float32")

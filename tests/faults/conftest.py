@@ -43,10 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def survived(request: pytest.FixtureRequest) -> Survived:
-    """Report a row:
-
-    `said` is a line or the error that says it, `lost` what is gone, which must be empty.
-    """
+    """Report a row: `said` is a line or the error that says it, `lost` what is gone: nothing."""
     number, done = request.node.get_closest_marker("fault").args
     if hasattr(request.node, "callspec"):
         done = done.format(**request.node.callspec.params)

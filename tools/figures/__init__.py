@@ -1,6 +1,4 @@
-"""The slides' figures, and the measured tables in the decks:
-
-`python -m tools figures`, or `make figures`.
+"""The slides' figures, and the measured tables in the decks: `make figures`.
 
 No result is typed in here or in the modules of the days: numbers come from the committed outputs of
 the notebooks, from course_lib, and from data/. The files are the same, byte for byte, whenever they

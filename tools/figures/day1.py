@@ -20,6 +20,7 @@ from tools.figures.drawing import (
     arrow,
     box,
     canvas,
+    centred,
     found,
     headline,
     picture,
@@ -38,6 +39,7 @@ FORGOTTEN = (
     "What is the top number",
     "Which Italian city is known",
 )
+MONO = "DejaVu Sans Mono"
 Piece = tuple[str, bool]  # the text of a token, and whether it is trained
 
 
@@ -119,14 +121,9 @@ def draw_topics(notebook: Notebook) -> Axes:
     }
     axes = widened(plots.plot_shares(shares, ""))
     axes.axvline(unseen - 0.5, color=INK, linestyle=":", linewidth=1.5)
-    axes.text((unseen - 1) / 2, 104, "no answer occurs in training", ha="center", color=INK)
-    axes.text(
-        (unseen + len(rows) - 1) / 2,
-        104,
-        "answers of other questions recur",
-        ha="center",
-        color=INK,
-    )
+    above = {"ha": "center", "color": INK}
+    axes.text((unseen - 1) / 2, 104, "no answer occurs in training", **above)
+    axes.text((unseen + len(rows) - 1) / 2, 104, "answers of other questions recur", **above)
     axes.set(ylabel="% right", ylim=(0, 116), yticks=range(0, 101, 20))
     axes.tick_params(axis="x", labelsize=14.5)
     return axes
@@ -182,13 +179,8 @@ def draw_history() -> Axes:
                 arrow(axes, start, end, GOOD)
         else:
             for x in seen:
-                arrow(
-                    axes,
-                    (x, y + 0.26),
-                    (target - 0.1, y + 0.26),
-                    GOOD,
-                    bend=-0.5 * (target - x) ** -0.62,
-                )
+                start, end, bend = (x, y + 0.26), (target - 0.1, y + 0.26), (target - x) ** -0.62
+                arrow(axes, start, end, GOOD, bend=-0.5 * bend)
     return axes
 
 
@@ -198,17 +190,8 @@ def draw_self_instruct() -> Axes:
     box(axes, 4.5, 3.4, 2.2, 1.1, "pool of tasks", PALE)
     box(axes, 8.9, 3.4, 3.6, 1.1, "a large model writes\nnew tasks and answers", TRAINED)
     box(axes, 6.7, 1.1, 4.0, 1.1, "keep what is new:\nROUGE-L below 0.7 to all", PALE)
-    box(
-        axes,
-        1.75,
-        1.1,
-        3.2,
-        1.1,
-        "fine-tune\nthe small model",
-        ACCENT,
-        color="white",
-        weight="bold",
-    )
+    white = {"color": "white", "weight": "bold"}
+    box(axes, 1.75, 1.1, 3.2, 1.1, "fine-tune\nthe small model", ACCENT, **white)
     arrow(axes, (2.45, 3.4), (3.38, 3.4))
     arrow(axes, (5.62, 3.4), (7.08, 3.4))
     axes.text(6.33, 3.62, "examples", ha="center", va="bottom", color=INK)
@@ -234,21 +217,9 @@ def draw_mask(pieces: list[Piece], columns: int = 74) -> Axes:
         x, y = 0.05, step * (len(lines) - row - 0.5) + 0.05
         for text, trained in line:
             width = advance * len(text)
-            style = {
-                "family": "DejaVu Sans Mono",
-                "size": size,
-                "color": "#081c15" if trained else MUTED,
-            }
-            box(
-                axes,
-                x + width / 2,
-                y,
-                width - 0.03,
-                0.44,
-                text,
-                TRAINED if trained else MASKED,
-                **style,
-            )
+            face, color = (TRAINED, "#081c15") if trained else (MASKED, MUTED)
+            style = {"family": MONO, "size": size, "color": color}
+            box(axes, x + width / 2, y, width - 0.03, 0.44, text, face, **style)
             x += width
     return axes
 
@@ -266,25 +237,17 @@ def draw_shift(pieces: list[Piece]) -> Axes:
     axes.text(0.05, 0.95, "predicts", color=INK, weight="bold", va="center")
     for x, index in zip(xs, columns, strict=True):
         if index is None:
-            for y in (2.75, 0.95):
-                axes.text(x, y, "…", ha="center", va="center", color=INK)
+            centred(axes, x, 2.75, "…")
+            centred(axes, x, 0.95, "…")
             continue
         token_box(axes, x, 2.75, pieces[index])
         if index + 1 == len(pieces):
-            axes.text(x, 0.95, "(the end)", ha="center", va="center", color=MUTED, size=14)
+            centred(axes, x, 0.95, "(the end)", color=MUTED, size=14)
             continue
         token_box(axes, x, 0.95, pieces[index + 1])
-        counts = pieces[index + 1][1]
-        arrow(axes, (x, 2.4), (x, 1.3), GOOD if counts else MUTED)
-        axes.text(
-            x,
-            0.35,
-            "counts" if counts else "ignored",
-            ha="center",
-            va="center",
-            size=15,
-            color=GOOD if counts else MUTED,
-        )
+        verdict, color = ("counts", GOOD) if pieces[index + 1][1] else ("ignored", MUTED)
+        arrow(axes, (x, 2.4), (x, 1.3), color)
+        centred(axes, x, 0.35, verdict, size=15, color=color)
     return axes
 
 
@@ -298,41 +261,20 @@ def draw_padding(notebook: Notebook) -> Axes:
     )
     axes = canvas(11, 4.2)
     for x, text in ((4.35, "the row's own tokens"), (7.65, "padding")):
-        axes.text(x, 3.9, text, ha="center", va="center", color=INK)
+        centred(axes, x, 3.9, text)
     for (rows, way, left), y in zip(found, (2.75, 1.0), strict=True):
         kept = int(left) > 0
         axes.text(0.05, y + 0.22, "masked by", color=INK, va="center")
         axes.text(0.05, y - 0.22, way, color=INK, weight="bold", va="center")
-        pieces = [
-            ("prompt", False),
-            ("answer", True),
-            ("EOS", kept),
-            ("EOS", False),
-            ("EOS", False),
-            ("EOS", False),
-        ]
+        pieces = [("prompt", False), ("answer", True), ("EOS", kept), *[("EOS", False)] * 3]
         for (text, trained), x in zip(pieces, (2.85, 4.35, 5.6, 6.65, 7.65, 8.65), strict=True):
             width = 1.4 if x < 5 else 0.94
-            box(
-                axes,
-                x,
-                y,
-                width,
-                0.7,
-                text,
-                TRAINED if trained else MASKED,
-                color=INK if trained else MUTED,
-            )
-        axes.text(
-            9.35,
-            y + 0.22,
-            f"{left} EOS labels",
-            color=GOOD if kept else ACCENT,
-            weight="bold",
-            va="center",
-        )
+            face, color = (TRAINED, INK) if trained else (MASKED, MUTED)
+            box(axes, x, y, width, 0.7, text, face, color=color)
+        style = {"color": GOOD if kept else ACCENT, "weight": "bold", "va": "center"}
+        axes.text(9.35, y + 0.22, f"{left} EOS labels", **style)
         axes.text(9.35, y - 0.22, f"in {rows} rows", color=INK, va="center")
-    axes.text(5.6, 0.3, "never trained", ha="center", va="center", color=ACCENT)
+    centred(axes, 5.6, 0.3, "never trained", color=ACCENT)
     return axes
 
 
@@ -341,7 +283,7 @@ def draw_border() -> Axes:
     text and apart.
     """
     axes = canvas(11, 3.7)
-    mono = {"family": "DejaVu Sans Mono", "size": 20}
+    mono = {"family": MONO, "size": 20}
     for y, name, about in (
         (2.7, "as one text", "colon and quote\nare one token"),
         (0.9, "apart", "as in use: the prompt\nends at the colon"),
@@ -363,17 +305,8 @@ def draw_border() -> Axes:
 def token_box(axes: Axes, x: float, y: float, piece: Piece) -> None:
     text, trained = piece
     text = "EOS" if text.startswith("<|") else text.strip()
-    box(
-        axes,
-        x,
-        y,
-        0.99,
-        0.62,
-        text,
-        TRAINED if trained else MASKED,
-        family="DejaVu Sans Mono",
-        size=14,
-    )
+    face = TRAINED if trained else MASKED
+    box(axes, x, y, 0.99, 0.62, text, face, family=MONO, size=14)
 
 
 # --- what the deck says beside its figures and tables

@@ -2,6 +2,7 @@
 
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -23,6 +24,7 @@ from tools.figures.drawing import (
     arrow,
     box,
     canvas,
+    centred,
     found,
     headline,
     printed,
@@ -148,16 +150,8 @@ def result_rows(notebook: Notebook) -> list[Row]:
         outcome.trained for outcome in experiments.read("week").where("full fine-tuning").outcomes
     }
     rows.append(["weights trained", "0", f"{full:,}", f"{today['weights trained']['after']:,}"])
-    return [
-        dict(
-            zip(
-                ("of 100 questions", "untouched", "Day 1: all weights", "today: LoRA"),
-                row,
-                strict=True,
-            )
-        )
-        for row in rows
-    ]
+    head = ("of 100 questions", "untouched", "Day 1: all weights", "today: LoRA")
+    return [dict(zip(head, row, strict=True)) for row in rows]
 
 
 def rank_rows() -> list[Row]:
@@ -215,24 +209,18 @@ def draw_shapes() -> Axes:
     height, width, thin = 3.6, 3.6 * COLUMNS / ROWS, 0.26
     trained = surgery.lora_parameters([(ROWS, COLUMNS)], RANK)
     for x, text in ((0.75, "h  ="), (4.0, "x  +"), (5.75, "(alpha / r)"), (10.3, "x")):
-        axes.text(x, 2.4, text, size=26, color=INK, ha="center", va="center")
+        centred(axes, x, 2.4, text, size=26)
     box(axes, 2.4, 2.4, width, height, "W0\nfrozen", MASKED, size=22)
     box(axes, 7.3, 2.4, thin, height, "", ACCENT)
     box(axes, 9.0, 2.4, width, thin, "", GOOD)
-    axes.text(2.4, 4.55, f"{ROWS} x {COLUMNS} = {ROWS * COLUMNS:,}", ha="center", color=MUTED)
-    axes.text(
-        7.3, 4.55, f"B: {ROWS} x {RANK} = {ROWS * RANK:,}", ha="center", color=ACCENT, weight="bold"
-    )
-    axes.text(
-        9.0,
-        2.75,
-        f"A: {RANK} x {COLUMNS} = {RANK * COLUMNS}",
-        ha="center",
-        color=GOOD,
-        weight="bold",
-    )
-    axes.text(7.3, 0.12, "starts at zero", ha="center", color=ACCENT)
-    axes.text(9.0, 1.85, "starts random", ha="center", color=GOOD)
+    for x, y, text, color, weight in (
+        (2.4, 4.55, f"{ROWS} x {COLUMNS} = {ROWS * COLUMNS:,}", MUTED, "normal"),
+        (7.3, 4.55, f"B: {ROWS} x {RANK} = {ROWS * RANK:,}", ACCENT, "bold"),
+        (9.0, 2.75, f"A: {RANK} x {COLUMNS} = {RANK * COLUMNS}", GOOD, "bold"),
+        (7.3, 0.12, "starts at zero", ACCENT, "normal"),
+        (9.0, 1.85, "starts random", GOOD, "normal"),
+    ):
+        axes.text(x, y, text, ha="center", color=color, weight=weight)
     axes.text(9.35, 0.75, f"trained: {trained:,}", ha="center", color=INK, size=20, weight="bold")
     return axes
 
@@ -247,45 +235,19 @@ def draw_start(notebook: Notebook) -> Axes:
         "both zero": "never trains",
     }
     axes = canvas(11, 4.4)
-    for x, text in (
-        (4.35, "logits\nunchanged"),
-        (5.95, "A has a\ngradient"),
-        (7.45, "B has a\ngradient"),
-    ):
-        axes.text(x, 3.95, text, ha="center", va="center", color=INK)
+    columns = {"logits unchanged": 4.35, "A has a gradient": 5.95, "B has a gradient": 7.45}
+    for column, x in columns.items():
+        centred(axes, x, 3.95, textwrap.fill(column, 9))
     rows = [row for row in table_rows(notebook, '"logits unchanged"') if row["start"] in verdicts]
     for row, y in zip(rows, (2.95, 1.75, 0.55), strict=True):
         zero = {"A": row["start"] == "both zero", "B": row["start"] != "both random"}
         for name, x, width, height in (("B", 0.45, 0.36, 0.95), ("A", 1.4, 1.1, 0.36)):
-            face = MASKED if zero[name] else GOOD
-            box(
-                axes,
-                x,
-                y,
-                width,
-                height,
-                "0" if zero[name] else name,
-                face,
-                color=MUTED if zero[name] else "white",
-                weight="bold",
-            )
+            text, face, color = ("0", MASKED, MUTED) if zero[name] else (name, GOOD, "white")
+            box(axes, x, y, width, height, text, face, color=color, weight="bold")
         axes.text(2.2, y, row["start"].replace(", ", ",\n"), va="center", color=INK)
-        for x, column in (
-            (4.35, "logits unchanged"),
-            (5.95, "A has a gradient"),
-            (7.45, "B has a gradient"),
-        ):
-            yes = row[column] == "True"
-            axes.text(
-                x,
-                y,
-                "yes" if yes else "no",
-                ha="center",
-                va="center",
-                color=GOOD if yes else ACCENT,
-                weight="bold",
-                size=19,
-            )
+        for column, x in columns.items():
+            text, color = ("yes", GOOD) if row[column] == "True" else ("no", ACCENT)
+            centred(axes, x, y, text, color=color, weight="bold", size=19)
         axes.text(8.5, y, verdicts[row["start"]], va="center", color=INK)
     return axes
 
@@ -363,12 +325,10 @@ def task_runs(method: str, rate: float | None = None) -> Sweep:
     or LoRA on all linear layers.
     """
     both = experiments.read("week") + experiments.read("lora_forgetting")
-    chosen = (
-        both.where(method)
-        if method == "full fine-tuning"
-        else both.where(method, layers="all linear layers")
-    )
-    return chosen if rate is None else chosen.where(learning_rate=rate)
+    settings = {} if rate is None else {"learning_rate": rate}
+    if method == "LoRA":
+        settings["layers"] = "all linear layers"
+    return both.where(method, **settings)
 
 
 def draw_forgetting() -> Axes:
@@ -376,19 +336,12 @@ def draw_forgetting() -> Axes:
     kept.
     """
     points = {}
-    for name, method in {
-        "full fine-tuning": "full fine-tuning",
-        "LoRA r=8, all linear layers": "LoRA",
-    }.items():
-        runs = task_runs(method)
-        points[name] = list(
-            zip(values(runs, "response loss"), values(runs, "retention"), strict=True)
-        )
-    axes = widened(
-        plots.plot_points(
-            points, "", "response loss on the task (nats): left is better", "% retained"
-        )
-    )
+    methods = {"full fine-tuning": "full fine-tuning", "LoRA r=8, all linear layers": "LoRA"}
+    for name, runs in ((name, task_runs(method)) for name, method in methods.items()):
+        losses, retained = values(runs, "response loss"), values(runs, "retention")
+        points[name] = list(zip(losses, retained, strict=True))
+    xlabel = "response loss on the task (nats): left is better"
+    axes = widened(plots.plot_points(points, "", xlabel, "% retained"))
     axes.grid(color=PALE)
     return axes
 
@@ -418,36 +371,18 @@ def draw_fusion(notebook: Notebook) -> Axes:
         (1.75, "one row a job, padded"),
         (5.35, "one product,\nall rows"),
         (7.75, "own A and B,\nown row"),
+        (10.1, "own loss"),
     ):
-        axes.text(x, 4.2, text, ha="center", va="center", color=INK)
-    axes.text(10.1, 4.2, "own loss", ha="center", va="center", color=INK)
+        centred(axes, x, 4.2, text)
     box(axes, 5.35, 1.85, 1.5, 3.6, "W0", MASKED, size=24, weight="bold")
     ys = [3.25 - 0.93 * place for place in range(len(tokens))]
     for (job, count), y, color in zip(tokens.items(), ys, (GOOD, ACCENT, INK, MUTED), strict=True):
         full = 3.3
         own = full * count / max(tokens.values())
-        axes.add_patch(
-            Rectangle(
-                (0.1, y - 0.28),
-                full,
-                0.56,
-                facecolor="none",
-                edgecolor=PALE,
-                hatch="///",
-                linewidth=0,
-            )
-        )
-        box(
-            axes,
-            0.1 + own / 2,
-            y,
-            own,
-            0.56,
-            f"{job}: {count} tokens",
-            color,
-            color="white",
-            size=15,
-        )
+        padding = {"facecolor": "none", "edgecolor": PALE, "hatch": "///", "linewidth": 0}
+        axes.add_patch(Rectangle((0.1, y - 0.28), full, 0.56, **padding))
+        text = f"{job}: {count} tokens"
+        box(axes, 0.1 + own / 2, y, own, 0.56, text, color, color="white", size=15)
         arrow(axes, (3.5, y), (4.58, y), color)
         arrow(axes, (6.12, y), (6.95, y), color)
         axes.text(6.5, y + 0.1, "+", ha="center", va="bottom", color=color, weight="bold")

@@ -139,17 +139,13 @@ def box(
 ) -> None:
     """A rounded box around its centre (x, y)."""
     corner = (x - width / 2, y - height / 2)
-    axes.add_patch(
-        FancyBboxPatch(
-            corner,
-            width,
-            height,
-            "round,pad=0,rounding_size=0.08",
-            facecolor=face,
-            edgecolor="none",
-        )
-    )
-    axes.text(x, y, text, ha="center", va="center", **({"color": INK} | style))
+    shape = "round,pad=0,rounding_size=0.08"
+    axes.add_patch(FancyBboxPatch(corner, width, height, shape, facecolor=face, edgecolor="none"))
+    centred(axes, x, y, text, **style)
+
+
+def centred(axes: Axes, x: float, y: float, text: str, **style: Any) -> None:
+    axes.text(x, y, text, **({"ha": "center", "va": "center", "color": INK} | style))
 
 
 def arrow(
@@ -159,12 +155,6 @@ def arrow(
     color: str = INK,
     bend: float = 0.0,
 ) -> None:
-    style = {
-        "arrowstyle": "-|>",
-        "color": color,
-        "linewidth": 2,
-        "shrinkA": 0,
-        "shrinkB": 2,
-        "mutation_scale": 16,
-    }
-    axes.annotate("", end, start, arrowprops=style | {"connectionstyle": f"arc3,rad={bend}"})
+    style = dict(arrowstyle="-|>", color=color, linewidth=2, shrinkA=0, shrinkB=2)  # noqa: C408
+    style |= {"mutation_scale": 16, "connectionstyle": f"arc3,rad={bend}"}
+    axes.annotate("", end, start, arrowprops=style)
