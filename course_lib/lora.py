@@ -183,9 +183,10 @@ def add_lora(
     seed: of the matrices A, from 0 to 2**64 - 1
     Raises CourseError before anything is changed.
     """
+    _check_addition(model, name, seed)
     targets = surgery.default_targets(model) if targets is None else targets
     layers = surgery.find_layers(model, targets)
-    _check_addition(model, layers, name, rank, alpha, seed)
+    _check_layers(model, layers, rank, alpha)
     if not lora_layers(model):
         model.requires_grad_(False)
     generator = Generator().manual_seed(seed)
@@ -200,15 +201,8 @@ def add_lora(
     use_adapters(model, name)
 
 
-def _check_addition(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    name: str,
-    rank: int,
-    alpha: float,
-    seed: int,
-) -> None:
-    """Raise CourseError if these layers of the model can have no adapter of this name and size."""
+def _check_addition(model: nn.Module, name: str, seed: int) -> None:
+    """Raise CourseError if the model can have no adapter of this name and seed."""
     if hasattr(model, "peft_config"):
         advice = "load the base again, then add_lora, or load_adapter for a saved one"
         raise CourseError(f"the model has an adapter of peft: {advice}")
@@ -221,6 +215,12 @@ def _check_addition(
     if type(seed) is not int or not 0 <= seed < 2**64:
         expected = f"must be a whole number from 0 to {2**64 - 1}: choose one, such as 0"
         raise CourseError(f"seed={seed!r} {expected}")
+
+
+def _check_layers(
+    model: nn.Module, layers: Mapping[str, nn.Module], rank: int, alpha: float
+) -> None:
+    """Raise CourseError if one of these layers of the model can have no update of this size."""
     shared = _shared_weights(model)
     for path, layer in layers.items():
         if isinstance(layer, LinearWrapper) and not isinstance(layer, LoRALinear):
