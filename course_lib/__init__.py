@@ -6,6 +6,8 @@ Arrows point one way, from top to leaf. Importing `course_lib` imports nothing h
 |--------|---------------|------------------------------------------------------------------------|
 | leaf   | `runtime`     | which machine this is and why; seeds; seconds, peak memory of a block  |
 | leaf   | `sealing`     | folders that are whole or absent: checksums, atomic publication        |
+| leaf   | `text`        | words of any script; texts that say nothing                            |
+| leaf   | `jsonfile`    | rows of JSON files, read strictly; what is wrong, and where            |
 | leaf   | `plots`       | arrays in, matplotlib Axes out                                         |
 | middle | `hub`         | is the Hugging Face Hub reachable, asked once and briefly              |
 | middle | `alpaca`      | read and check instruction records, the two prompt templates, split    |

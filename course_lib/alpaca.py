@@ -4,10 +4,10 @@ Source: Stanford Alpaca (Taori et al. 2023), train.py. A record has an `instruct
 (often empty) and an `output`; its prompt is one of two fixed texts, and the model is trained to go
 on with the output. After `### Response:` there is no newline.
 
-Python's json accepts NaN, repeated keys and lone surrogates without a word, and turns a wrong file
-into a puzzling error later. The reader here does not: a file that cannot be trusted as a whole
-raises DataError; a record that cannot be used is refused and counted with its reason, so that
-always  read = kept + refused.
+A record that cannot be used is refused and counted with its reason, so that always
+read = kept + refused. An input that says nothing (blank, or a marker such as <noinput>) is read as
+no input, fields that no prompt uses are left aside; both are counted. A file that cannot be trusted
+as a whole raises DataError (`jsonfile`).
 
 Self-Instruct (Wang et al. 2022, arXiv 2212.10560, section 2) lets a model write new instructions:
 eight of them as demonstrations, a ninth asked for, and a candidate stays if its ROUGE-L with every
@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from course_lib import hub
+from course_lib.jsonfile import DataError, kind, read_rows
 from course_lib.runtime import CourseError, first_line
+from course_lib.text import is_blank, means_nothing, words
 
 PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -42,21 +44,10 @@ PROMPT_WITHOUT_INPUT = (
 FIELDS = ("instruction", "input", "output")
 # far above any instruction; a record of megabytes is a broken export
 MAX_FIELD_CHARACTERS = 100_000
-BINARY_STARTS = {
-    b"\x1f\x8b": "a gzip archive",
-    b"PK\x03\x04": "a zip archive",
-    b"PAR1": "a Parquet file",
-}
-JSON_LINES = (".jsonl", ".ndjson")
+MOST_NOTES = 8  # on one line
 DEMONSTRATIONS = 8  # a Self-Instruct prompt shows six tasks written by people and two by a model
 SHORTEST, LONGEST = 4, 150  # words of an instruction that the authors' code keeps
 EXPECTED = 'a list of {"instruction": text, "input": text or "", "output": text}'
-
-
-class DataError(CourseError):
-    """A file of instruction data that cannot be used; the message names file, place, what was found
-    and what was expected.
-    """
 
 
 @dataclass(frozen=True)
@@ -83,23 +74,26 @@ class Record:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a file held. refused: one line for each record that was not kept, with its number and
-    reason.
+    """What a file held.
+
+    refused: one line for each record that was not kept, with its number and reason
+    notes: what was read as something else, left aside or remarkable in the kept ones -> how often
     """
 
     source: str
     records: list[Record]
     refused: list[str]
     reasons: Counter
+    notes: Counter
 
     def __str__(self) -> str:
         """One line, for example: people.json: 3 read = 2 kept + 1 refused (1 repeated)."""
+        kept, refused = len(self.records), len(self.refused)
         counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
-        total = len(self.records) + len(self.refused)
-        line = (
-            f"{self.source}: {total} read = {len(self.records)} kept + {len(self.refused)} refused"
-        )
-        return f"{line} ({counts})" if counts else line
+        notes = ", ".join(f"{n} x {what}" for what, n in self.notes.most_common(MOST_NOTES))
+        notes += f", and {len(self.notes) - MOST_NOTES} more" * (len(self.notes) > MOST_NOTES)
+        line = f"{self.source}: {kept + refused} read = {kept} kept + {refused} refused"
+        return line + (f" ({counts})" if counts else "") + (f"; {notes}" if notes else "")
 
 
 def read_records(path: Path | str, extra: Sequence[str] = ()) -> Reading:
@@ -109,7 +103,7 @@ def read_records(path: Path | str, extra: Sequence[str] = ()) -> Reading:
     Raises DataError if the file as a whole cannot be used, or if no record in it can.
     """
     path = Path(path).expanduser()
-    return check_records(_read_json(path), path.name, extra)
+    return check_records(read_rows(path, EXPECTED), path.name, extra)
 
 
 def read_seed_tasks(path: Path | str) -> Reading:
@@ -121,7 +115,7 @@ def read_seed_tasks(path: Path | str) -> Reading:
     """
     path = Path(path).expanduser()
     rows = []
-    for number, task in enumerate(_read_json(path), start=1):
+    for number, task in enumerate(read_rows(path, EXPECTED), start=1):
         instances = task.get("instances") if isinstance(task, dict) else None
         if not isinstance(instances, list) or not instances:
             raise DataError(
@@ -140,7 +134,7 @@ def read_seed_tasks(path: Path | str) -> Reading:
 def read_hub(repository: str = "tatsu-lab/alpaca") -> Reading:
     """Read the split "train" of an Alpaca-style data set from the Hub, where it can be reached.
 
-    The column `text`, the record already put into its prompt, is dropped: prompts are made here.
+    The column `text`, the record already put into its prompt, is left aside: prompts are made here.
     Raises HubError at once where the Hub cannot be reached, DataError for what is no such data set.
     """
     hub.probe(f"datasets/{repository}", "README.md")
@@ -154,9 +148,7 @@ def read_hub(repository: str = "tatsu-lab/alpaca") -> Reading:
         raise DataError(
             f"{repository} holds no data set that can be read: {first_line(error)}"
         ) from None
-    return check_records(
-        rows.remove_columns([name for name in rows.column_names if name == "text"]), repository
-    )
+    return check_records(rows, repository)
 
 
 def check_records(rows: Iterable[Any], source: str, extra: Sequence[str] = ()) -> Reading:
@@ -170,23 +162,28 @@ def check_records(rows: Iterable[Any], source: str, extra: Sequence[str] = ()) -
     >>> reading.refused
     ['sums, record 2: lacks a field: expected "output", found "instruction"']
     """
-    records, refused, reasons, seen = [], [], Counter(), set()
+    records, refused, seen = [], [], set()
+    reasons, notes = Counter(), Counter()
     for number, row in enumerate(rows, start=1):
         problem = _problem(row, extra)
         if problem is None:
-            key = (row["instruction"], row.get("input", ""), row["output"])
-            if key in seen:
+            said = row.get("input") or ""
+            nothing = is_blank(said) or means_nothing(said)
+            given = "" if nothing else said
+            kept = {name: row[name] for name in extra}
+            record = Record(row["instruction"], row["output"], given, kept)
+            if (record.instruction, record.input, record.output) in seen:
                 problem = ("repeated", "the same instruction, input and output came before")
-            seen.add(key)
         if problem is None:
-            records.append(
-                Record(
-                    row["instruction"],
-                    row["output"],
-                    row.get("input", ""),
-                    {name: row[name] for name in extra},
-                )
-            )
+            records.append(record)
+            seen.add((record.instruction, record.input, record.output))
+            aside = [str(name)[:40] for name in row if name not in (*FIELDS, *extra)]
+            notes.update(f"field {name!r} left aside" for name in aside)
+            if said and nothing:
+                what = "blank input" if is_blank(said) else f"input {said.strip()!r}"
+                notes[f"{what} read as none"] += 1
+            if means_nothing(record.output):
+                notes[f"output {record.output.strip()!r} kept"] += 1
         else:
             reason, details = problem
             reasons[reason] += 1
@@ -197,7 +194,7 @@ def check_records(rows: Iterable[Any], source: str, extra: Sequence[str] = ()) -
             if refused
             else f"{source} holds no records, expected {EXPECTED}"
         )
-    return Reading(source, records, refused, reasons)
+    return Reading(source, records, refused, reasons, notes)
 
 
 def split_records(
@@ -287,9 +284,9 @@ def novel(candidates: Sequence[str], pool: Sequence[str], threshold: float = 0.7
     """
     scorer, kept, dropped = rouge_scorer(), [], []
     for candidate in candidates:
-        words = len(_words(candidate))
-        if not SHORTEST <= words <= LONGEST:
-            dropped.append((candidate, f"{words} words, expected {SHORTEST} to {LONGEST}"))
+        count = len(words(candidate))
+        if not SHORTEST <= count <= LONGEST:
+            dropped.append((candidate, f"{count} words, expected {SHORTEST} to {LONGEST}"))
         elif not candidate.rstrip("\"')”’").endswith((".", "?", "!", ":", "。", "？", "！", "：")):
             dropped.append((candidate, "cut off: no mark at its end"))
         else:
@@ -309,7 +306,7 @@ def novel(candidates: Sequence[str], pool: Sequence[str], threshold: float = 0.7
 def rouge_scorer() -> Any:
     """rouge-score's scorer for "rougeL".
 
-    Its own tokenizer drops all but a-z and 0-9; here a Chinese character is a word, too.
+    Its own tokenizer drops all but a-z and 0-9; `text.words` knows all scripts.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
@@ -317,165 +314,31 @@ def rouge_scorer() -> Any:
         raise CourseError("the package rouge-score is missing: pip install rouge-score") from None
 
     class Words:
-        tokenize = staticmethod(_words)
+        tokenize = staticmethod(words)
 
     return RougeScorer(["rougeL"], tokenizer=Words())
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+|[\u4e00-\u9fff]", text.lower())
 
 
 def _problem(row: Any, extra: Sequence[str]) -> tuple[str, str] | None:
     """Why a row cannot be used: (reason, details), or None. A missing input is an empty one."""
     if not isinstance(row, dict):
-        return "not an object", f"found {_kind(row)}"
+        return "not an object", f"found {kind(row)}"
     for name in (*FIELDS, *extra):
-        if name not in row and name != "input":
+        value = row.get(name)
+        if name == "input" and value is None:
+            continue
+        if name not in row:
             found = ", ".join(json.dumps(str(key)[:40]) for key in row) or "nothing"
             return "lacks a field", f'expected "{name}", found {found}'
-    for name, value in row.items():
-        if name not in FIELDS and name not in extra:
-            return (
-                "unknown field",
-                f"{json.dumps(str(name)[:40])}, expected only {', '.join((*FIELDS, *extra))}",
-            )
         if not isinstance(value, str):
-            return "not text", f'"{name}" is {_kind(value)}'
-        if not value.strip() and name != "input":
+            return "not text", f'"{name}" is {kind(value)}'
+        if is_blank(value) and name != "input":
             return "empty", f'"{name}" has no text'
         if len(value) > MAX_FIELD_CHARACTERS:
-            return (
-                "too long",
-                f'"{name}" has {len(value):,} characters, at most {MAX_FIELD_CHARACTERS:,} are '
-                "read",
-            )
+            found = f"{len(value):,} characters, at most {MAX_FIELD_CHARACTERS:,} are read"
+            return "too long", f'"{name}" has {found}'
         if "\0" in value:
             return "NUL character", f'in "{name}"'
         if any("\ud800" <= character <= "\udfff" for character in value):
             return "broken character", f'half of a surrogate pair in "{name}"'
     return None
-
-
-def _kind(value: Any) -> str:
-    names = {
-        type(None): "null",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), type(value).__name__)
-
-
-def _read_json(path: Path) -> list[Any]:
-    """The rows of a JSON list or of JSON lines.
-
-    Raises DataError with the line where reading stopped.
-    """
-    text = _read_text(path)
-    if path.suffix.lower() in JSON_LINES:
-        lines = (
-            (number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()
-        )
-        return [
-            _parse(line, f"{path.name}, line {number}", one_line=True) for number, line in lines
-        ]
-    rows = _parse(text, path.name)
-    if not isinstance(rows, list):
-        keys = (
-            f" with the keys {', '.join(json.dumps(key[:40]) for key in list(rows)[:5])}"
-            if isinstance(rows, dict)
-            else ""
-        )
-        raise DataError(f"{path.name} holds {_kind(rows)}{keys}, expected {EXPECTED}")
-    return rows
-
-
-def _read_text(path: Path) -> str:
-    """The file as text: UTF-8, with or without a byte order mark."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"there is no file {path}: check the path") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{str(path)!r} cannot be read: {first_line(error)}") from None
-    if not content.strip(b" \t\r\n\0"):
-        raise DataError(f"{path.name} is empty, expected {EXPECTED}")
-    if content.startswith(b"version https://git-lfs"):
-        raise DataError(
-            f"{path.name} is a Git LFS pointer, not the data: run `git lfs pull`, or download the "
-            "file itself"
-        )
-    for start, kind in BINARY_STARTS.items():
-        if content.startswith(start):
-            raise DataError(
-                f"{path.name} is {kind}, expected JSON text: unpack or convert it first"
-            )
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content[:4]:
-        raise DataError(f"{path.name} is UTF-16 or UTF-32, expected UTF-8: save it again as UTF-8")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path.name}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8, perhaps "
-            "Latin-1: save it again as UTF-8"
-        ) from None
-    if text.lstrip()[:1] == "<":
-        raise DataError(
-            f"{path.name} is a web page (HTML), expected JSON: download the raw file, not the page "
-            "that shows it"
-        )
-    return text
-
-
-class _RepeatedKeyError(ValueError):
-    pass
-
-
-class _ConstantError(ValueError):
-    pass
-
-
-def _parse(text: str, source: str, one_line: bool = False) -> Any:
-    """One JSON value. source: the file, with its line if one_line."""
-
-    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for key, count in Counter(key for key, _ in pairs).items():
-            if count > 1:
-                raise _RepeatedKeyError(json.dumps(key[:40]))
-        return dict(pairs)
-
-    def no_constants(name: str) -> None:
-        raise _ConstantError(name)
-
-    try:
-        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=no_constants)
-    except json.JSONDecodeError as error:
-        place = source if one_line else f"{source}, line {error.lineno}"
-        if not text[error.pos :].strip() or error.msg.startswith("Unterminated string"):
-            rest = "the line ends in the middle of a record: expected one whole record a line"
-            whole = "the file ends in the middle of a record, it was cut off: get it again"
-            raise DataError(f"{place}: {rest if one_line else whole}") from None
-        found = json.dumps(text[error.pos : error.pos + 20])
-        hint = (
-            "; one record a line is JSONL: name the file .jsonl"
-            if error.msg == "Extra data" and not one_line
-            else ""
-        )
-        raise DataError(
-            f"{place}, column {error.colno}: not JSON ({error.msg}), found {found}{hint}"
-        ) from None
-    except _RepeatedKeyError as error:
-        raise DataError(
-            f"{source}: the key {error} stands twice in one record: keep one of them"
-        ) from None
-    except _ConstantError as error:
-        raise DataError(f"{source}: {error} is not JSON, expected text in quotes") from None
-    except RecursionError:
-        raise DataError(f"{source}: lists nested too deeply, expected {EXPECTED}") from None
-    except ValueError as error:
-        raise DataError(f"{source}: {first_line(error)}") from None

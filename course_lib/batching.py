@@ -18,6 +18,7 @@ see itself only and count its positions from 0 (`collate_packed`).
 """
 
 import html
+import inspect
 import math
 import random
 from collections.abc import Iterable, Sequence
@@ -79,13 +80,19 @@ def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def encode_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids the model answers to, after BOS where the tokenizer puts one by default.
+    """The ids the model answers to, after what the tokenizer puts before a text."""
+    return beginning(tokenizer) + encode_text(record.prompt, tokenizer)
 
-    Llama 2's does, SmolLM2's does not.
+
+def beginning(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The special tokens that the tokenizer puts before a text: Llama 2's BOS, SmolLM2's none.
+
+    What it appends, as some do EOS, is not among them: after it a model has nothing to say.
     """
-    default = tokenizer("")["input_ids"]
-    bos = default[:1] if default[:1] == [tokenizer.bos_token_id] else []
-    return bos + encode_text(record.prompt, tokenizer)
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    places = range(len(whole) - len(plain) + 1)
+    return whole[: next(i for i in places if whole[i : i + len(plain)] == plain)]
 
 
 def encode(
@@ -101,6 +108,9 @@ def encode(
     >>> tokenizer.decode(example.supervised_ids)
     '2<|endoftext|>'
     """
+    if tokenizer.eos_token_id is None:
+        advice = "set tokenizer.eos_token to the token that ends a text"
+        raise CourseError(f"the tokenizer has no EOS, so no answer could end: {advice}")
     prompt_ids = encode_prompt(record, tokenizer)
     answer_ids = [*encode_text(record.output, tokenizer), tokenizer.eos_token_id]
     prompt_labels = [IGNORED] * len(prompt_ids) if mask_prompt else prompt_ids
@@ -153,20 +163,37 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     }
 
 
-def check_ids(ids: Iterable[int], model: "PreTrainedModel") -> None:
-    """Raise CourseError if the model has no embedding for one of these token ids: they come from
-    another model's tokenizer.
+def check_ids(
+    ids: Iterable[int], model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> None:
+    """Raise CourseError if the model has no embedding for one of these token ids, or for what the
+    tokenizer pads with: they are of another model's tokenizer, or were added to it alone.
     """
     rows = model.get_input_embeddings().weight.shape[0]
+    pad_id = None if tokenizer is None else tokenizer.pad_token_id
+    if pad_id is not None and not 0 <= pad_id < rows:
+        advice = "model.resize_token_embeddings(len(tokenizer)) adds rows, or pad with EOS"
+        raise CourseError(
+            f"the tokenizer pads with token id {pad_id}, beyond the model's {rows} embeddings: "
+            f"{advice}"
+        )
     out = next((token for token in ids if not 0 <= token < rows), None)
     if out is not None:
-        raise CourseError(
-            f"token id {out} is beyond the model's {rows} embeddings: encode with the model's own "
-            "tokenizer"
-        )
+        advice = "encode with the model's own tokenizer, or add new tokens with add_pieces"
+        raise CourseError(f"token id {out} is beyond the model's {rows} embeddings: {advice}")
 
 
-def check_examples(examples: Sequence[Example], model: "PreTrainedModel") -> None:
+def most_positions(model: "PreTrainedModel") -> float:
+    """How many tokens the model can read at once; infinite where its config names no limit."""
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")
+    limits = (getattr(config, name, None) for name in names)
+    return next((limit for limit in limits if isinstance(limit, int)), math.inf)
+
+
+def check_examples(
+    examples: Sequence[Example], model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> None:
     """Raise CourseError for examples that `model` cannot be trained on: none, empty, too long, or
     of another tokenizer.
     """
@@ -177,7 +204,7 @@ def check_examples(examples: Sequence[Example], model: "PreTrainedModel") -> Non
         )
     if not examples:
         raise CourseError("there are no examples to train on")
-    longest = getattr(model.config, "max_position_embeddings", math.inf)
+    longest = most_positions(model)
     for number, example in enumerate(examples, start=1):
         if len(example.input_ids) != len(example.labels):
             raise CourseError(
@@ -191,7 +218,7 @@ def check_examples(examples: Sequence[Example], model: "PreTrainedModel") -> Non
                 f"example {number} has {len(example)} tokens, the model takes {longest}: encode "
                 "with max_tokens"
             )
-        check_ids((*example.input_ids, *example.supervised_ids), model)
+        check_ids((*example.input_ids, *example.supervised_ids), model, tokenizer)
 
 
 def real_token_share(lengths: Sequence[int], batch_size: int) -> float:
@@ -266,17 +293,19 @@ def pack(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
 
 
 def collate_packed(
-    rows: Sequence[Sequence[Example]], pad_id: int, dtype: torch.dtype = torch.float32
+    rows: Sequence[Sequence[Example]], pad_id: int, model: "PreTrainedModel"
 ) -> dict[str, Tensor]:
-    """Packed rows as a batch in which no example sees another.
-
-    dtype: of the mask, the one that the model computes in
+    """Packed rows as a batch for `model` in which no example sees another.
 
     Returns input_ids, labels and position_ids, each (N, T) int64, and attention_mask (N, 1, T, T),
     which is added to the attention scores: 0 where a position sees another, the lowest number where
     not. Positions count from 0 in each example. Its first label is -100: the position before it
     belongs to another example. A padding position sees itself only.
+
+    Raises CourseError for a model that would compute something else than on the padded rows.
     """
+    _check_packable(model, max(len(example) for row in rows for example in row))
+    dtype = model.get_input_embeddings().weight.dtype
     longest = max(sum(map(len, row)) for row in rows)
     shape = (len(rows), longest)
     input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORED)
@@ -305,6 +334,33 @@ def collate_packed(
         "position_ids": position_ids,
         "attention_mask": mask[:, None],
     }
+
+
+def _check_packable(model: "PreTrainedModel", longest: int) -> None:
+    """Raise CourseError if the model mixes examples that share a row, whatever the mask says, or if
+    examples of up to `longest` tokens would see more in a packed row than they do alone.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    reach = getattr(config, windows["sliding_attention"], None)
+    if getattr(config, "use_sliding_window", None) is False:
+        reach = None
+    if kinds:
+        spans = [getattr(config, name, None) for kind, name in windows.items() if kind in kinds]
+        reach = min(filter(None, spans), default=None)
+    found = ""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        found = "takes no positions"
+    elif getattr(config, "alibi", False):
+        found = "counts positions by the row (ALiBi)"
+    elif others := kinds - {"full_attention", *windows}:
+        found = f"has layers of another kind than attention ({min(others)})"
+    elif reach is not None and longest > reach:
+        found = f"sees {reach} tokens back, and an example has {longest}"
+    if found:
+        advice = "pad its batches instead, with collate"
+        raise CourseError(f"a {type(model).__name__} {found}, so it cannot be packed: {advice}")
 
 
 class MaskView:

@@ -7,7 +7,8 @@
                     progress.json            what `finetune` counts: losses, the scale of fp16
                     SEAL.json                checksums, and the settings of the run
 
-Frozen weights are not kept, since the base has them. A folder is written, sealed and renamed by the
+Frozen weights are not kept, since the base has them; the seal knows what all weights were at the
+start, so that no run goes on from another base. A folder is written, sealed and renamed by the
 main process alone; one that is not whole, or of another run, is never loaded. Files of tensors and
 JSON cannot run code when they are read.
 """
@@ -22,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import PartialState
@@ -41,7 +43,10 @@ if TYPE_CHECKING:
 KEPT = 2
 WEIGHTS, OPTIMIZER, RANDOM = "weights.safetensors", "optimizer.safetensors", "random.safetensors"
 AFTER_STEP, PROGRESS = "after_step.safetensors", "progress.json"
+START = "weights at the start"
 Say = Callable[[str], None]
+# model -> folder of a run -> what its weights were at the start, and where the run left them
+_left: WeakKeyDictionary[nn.Module, dict[Path, tuple[str, str]]] = WeakKeyDictionary()
 
 
 class CheckpointError(CourseError):
@@ -73,7 +78,7 @@ class Keeper:
 
     folder: Path
     every: int
-    identity: Mapping[str, Any]
+    identity: dict[str, Any]
     say: Say
 
     def resume(self, state: State) -> list[float]:
@@ -84,6 +89,7 @@ class Keeper:
         a checkpoint of another run, and for one that somebody changed and sealed again.
         """
         _make_writable(self.folder)
+        self.identity[START] = self._start(state.model)
         if PartialState().is_main_process:
             # by a process that was killed
             for left in self.folder.glob(f"{sealing.PARTIAL}checkpoint-*"):
@@ -95,6 +101,19 @@ class Keeper:
         losses = _load(checkpoint, state)
         self.say(f"going on from {checkpoint.name}")
         return losses
+
+    def _start(self, model: nn.Module) -> str:
+        """The weights that the run started from: those of `model`, unless this run left it so."""
+        now = fingerprint_of(model)
+        start, left = _left.get(model, {}).get(self.folder, (now, now))
+        return start if left == now else now
+
+    def leave(self, model: nn.Module) -> None:
+        """Note the weights of a run that ends or breaks off: called again on this model in this
+        folder, it goes on, as it does on a new one.
+        """
+        start = self.identity.get(START, "")
+        _left.setdefault(model, {})[self.folder] = (start, fingerprint_of(model))
 
     def save(self, state: State, losses: list[float]) -> None:
         """Write checkpoint-STEP, and of older ones keep the newest.
@@ -193,7 +212,9 @@ def newest(folder: Path, identity: Mapping[str, Any], say: Say) -> Path | None:
         ]
         if differences:
             found = f"{checkpoint} is of another run ({'; '.join(differences)})"
-            raise CheckpointError(f"{found}: use these settings again or another folder")
+            start = "load the base again" if differences[0].startswith(START) else ""
+            advice = start or "use these settings again"
+            raise CheckpointError(f"{found}: {advice} or another folder")
         return checkpoint
     return None
 
@@ -240,6 +261,15 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 def fingerprint(content: Any) -> str:
     """A short name for JSON values."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """A short name for all weights of a model, frozen ones included."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
 
 
 def _make_writable(folder: Path) -> None:

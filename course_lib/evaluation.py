@@ -28,10 +28,21 @@ import torch
 from tqdm import tqdm
 
 from course_lib import plots
-from course_lib.alpaca import DataError, Record, read_records, rouge_scorer
-from course_lib.batching import Example, check_ids, collate, encode, encode_prompt
+from course_lib.alpaca import Record, read_records, rouge_scorer
+from course_lib.batching import (
+    Example,
+    beginning,
+    check_ids,
+    collate,
+    encode,
+    encode_prompt,
+    encode_text,
+    most_positions,
+)
+from course_lib.jsonfile import DataError
 from course_lib.objective import supervised_logits
 from course_lib.runtime import CourseError, data_folder, measure
+from course_lib.text import contains, normalise
 
 if TYPE_CHECKING:
     from course_lib.models import Loaded
@@ -142,17 +153,22 @@ def read_task(split: str) -> list[Record]:
 
 
 def draw_questions(count: int) -> list[Record]:
-    """`count` test questions of the task of the week, evenly over its ten topics; the same ones at
-    every call.
+    """`count` test questions of the task of the week, as evenly over its ten topics as can be; the
+    same ones at every call. Raises CourseError if there are not so many.
     """
     by_topic: dict[str, list[Record]] = {}
     for record in read_task("test"):
         by_topic.setdefault(record.extra["topic"], []).append(record)
+    most = sum(map(len, by_topic.values()))
+    if type(count) is not int or not 1 <= count <= most:
+        raise CourseError(f"count={count!r} must be a whole number in 1..{most}: choose one")
     draw = random.Random(0)
+    each, more = divmod(count, len(by_topic))
+    numbers = [each + (place < more) for place in range(len(by_topic))]
     return [
         record
-        for topic in sorted(by_topic)
-        for record in draw.sample(by_topic[topic], count // len(by_topic))
+        for topic, number in zip(sorted(by_topic), numbers, strict=True)
+        for record in draw.sample(by_topic[topic], number)
     ]
 
 
@@ -237,28 +253,6 @@ def judge(record: Record, reply: str) -> Answer:
     )
 
 
-def normalise(text: str) -> str:
-    """Lower case, single spaces.
-
-    >>> normalise("  New\\n Delhi ")
-    'new delhi'
-    """
-    return " ".join(text.casefold().split())
-
-
-def contains(reply: str, answer: str) -> bool:
-    """Is `answer` in `reply` as whole words, whatever the case and punctuation?
-
-    >>> contains("It is the Sun.", "sun"), contains("On Sunday.", "sun")
-    (True, False)
-    """
-    words = [
-        "".join(letter if letter.isalnum() else " " for letter in text.casefold()).split()
-        for text in (reply, answer)
-    ]
-    return f" {' '.join(words[1])} " in f" {' '.join(words[0])} "
-
-
 def interval(percentage: float, n: int) -> tuple[float, float]:
     """The 95 % interval of a rate over n questions, in percent (Wilson 1927, doi
     10.1080/01621459.1927.10502953).
@@ -339,7 +333,8 @@ def score_answers(base: "Loaded", records: Sequence[Record], batch_size: int = 6
     if not records:
         raise CourseError("there are no records to score")
     examples = [encode(record, base.tokenizer) for record in records]
-    check_ids((token for example in examples for token in example.input_ids), base.model)
+    tokens = (token for example in examples for token in example.input_ids)
+    check_ids(tokens, base.model, base.tokenizer)
     by_length = sorted(range(len(examples)), key=lambda index: len(examples[index]))
     losses, exact = [0.0] * len(examples), [False] * len(examples)
     base.model.eval()
@@ -366,15 +361,15 @@ def perplexity(base: "Loaded", texts: Sequence[str], batch_size: int = 8) -> flo
     texts but each text's first one.
 
     Between how many equally likely tokens the model hesitates, on average. It is counted a token,
-    so two models compare only if they share a tokenizer. A text is tokenized as the tokenizer does
-    by default, with BOS where it puts one. Raises CourseError if a text has fewer than two tokens,
+    so two models compare only if they share a tokenizer. Before a text stands what the tokenizer
+    puts there by default, such as BOS. Raises CourseError if a text has fewer than two tokens,
     or more than the model has positions.
     """
     _check_batch_size(batch_size)
-    longest = base.model.config.max_position_embeddings
+    longest, start = most_positions(base.model), beginning(base.tokenizer)
     examples = []
     for number, text in enumerate(texts, start=1):
-        ids = base.tokenizer(text)["input_ids"]
+        ids = start + encode_text(text, base.tokenizer)
         if not 2 <= len(ids) <= longest:
             raise CourseError(
                 f"text {number} has {len(ids)} tokens, perplexity needs 2 to {longest}"
@@ -382,7 +377,8 @@ def perplexity(base: "Loaded", texts: Sequence[str], batch_size: int = 8) -> flo
         examples.append(Example(ids, ids))
     if not examples:
         raise CourseError("there are no texts to score")
-    check_ids((token for example in examples for token in example.input_ids), base.model)
+    tokens = (token for example in examples for token in example.input_ids)
+    check_ids(tokens, base.model, base.tokenizer)
     base.model.eval()
     losses = []
     for start in range(0, len(examples), batch_size):
@@ -431,7 +427,8 @@ def chat_prompt(base: "Loaded", question: str) -> list[int]:
     a question-and-answer page.
     """
     if base.tokenizer.chat_template is None:
-        return base.tokenizer(f"Question: {question}\nAnswer:")["input_ids"]
+        page = f"Question: {question}\nAnswer:"
+        return beginning(base.tokenizer) + encode_text(page, base.tokenizer)
     text = base.tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
     )
@@ -448,9 +445,10 @@ def generate(
     """
     _check_batch_size(batch_size)
     pad_id = base.tokenizer.pad_token_id
-    check_ids((token for prompt in prompts for token in prompt), base.model)
+    check_ids((token for prompt in prompts for token in prompt), base.model, base.tokenizer)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     replies = [""] * len(prompts)
+    stops = ends_of(base)
     base.model.eval()
     with tqdm(total=len(prompts), desc="answering", unit="question", file=sys.stdout) as bar:
         for start in range(0, len(prompts), batch_size):
@@ -471,11 +469,20 @@ def generate(
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     pad_token_id=pad_id,
+                    eos_token_id=stops or None,
                 )
             for index, row in zip(indices, generated[:, longest:].tolist(), strict=True):
                 replies[index] = base.tokenizer.decode(row, skip_special_tokens=True).strip()
             bar.update(len(indices))
     return replies
+
+
+def ends_of(base: "Loaded") -> list[int]:
+    """The tokens that end a reply: the tokenizer's EOS, which training teaches, and the model's."""
+    of_model = base.model.generation_config.eos_token_id
+    of_model = of_model if isinstance(of_model, list) else [of_model]
+    ends = dict.fromkeys([base.tokenizer.eos_token_id, *of_model])
+    return [token for token in ends if token is not None]
 
 
 def _check_batch_size(batch_size: int) -> None:

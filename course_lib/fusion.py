@@ -141,7 +141,8 @@ def train_fused(
         for layer in lora_layers(model, job).values()
         for weight in layer.adapters[job].parameters()
     ]
-    check_weights(model)
+    check_weights(weights)
+    trained_before = {weight: weight.requires_grad for weight in weights}
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
     model.zero_grad()  # of what went before
     model.train()
@@ -161,4 +162,6 @@ def train_fused(
     finally:
         model.eval()
         model.zero_grad()
+        for weight, trains in trained_before.items():
+            weight.requires_grad_(trains)
     return losses

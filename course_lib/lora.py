@@ -106,9 +106,8 @@ class LoRALinear(LinearWrapper):
         """
         check_size(rank, alpha, self.base)
         d_out, d_in = layer_shape(self.base)
-        self.adapters[name] = LowRank(d_in, d_out, rank, alpha, rank_stabilized, generator).to(
-            self.base.weight.device
-        )
+        update = LowRank(d_in, d_out, rank, alpha, rank_stabilized, generator)
+        self.adapters[name] = update.to(self.base.weight.device)
         self.in_use = {name: 1.0}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,6 +188,7 @@ def add_lora(
     _check_layers(model, layers, rank, alpha)
     if not lora_layers(model):
         model.requires_grad_(False)
+        surgery.uncompiled(model).save_pretrained = _save_pretrained
     generator = Generator().manual_seed(seed)
     for path, layer in layers.items():
         if isinstance(layer, LoRALinear):
@@ -236,7 +236,10 @@ def _check_layers(
 def _shared_weights(model: nn.Module) -> set[int]:
     """The ids of the weights that stand in several places of the model."""
     places = {}  # the children of each module; of a block that is used twice once
+    model = surgery.uncompiled(model)
     for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LinearWrapper):
+            continue  # its weight is that of its base
         parent, _, child = path.rpartition(".")
         places[id(model.get_submodule(parent)), child] = module
     weights = [
@@ -252,7 +255,9 @@ def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, LoRALine
     Raises CourseError for a name that no adapter has, and lists those there are.
     """
     layers = {
-        path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)
+        path: module
+        for path, module in surgery.uncompiled(model).named_modules()
+        if isinstance(module, LoRALinear)
     }
     if name is None:
         return layers
@@ -261,6 +266,44 @@ def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, LoRALine
         known = ", ".join(adapter_names(model)) or "none: add_lora adds one"
         raise CourseError(f"adapter {name!r} is not known, the model has {known}")
     return found
+
+
+def remove_lora(model: nn.Module, name: str | None = None) -> None:
+    """Take the adapter `name` out of the model, or all adapters if none is named; of those that
+    stay the last one is then in use.
+
+    Without adapters the model is the base again: its layers are those of before, and all its
+    weights can train, those of a quantised base excepted. A model that has none stays as it is, so
+    that a cell which removes and adds can run twice.
+    """
+    layers = lora_layers(model, name)
+    for path, layer in layers.items():
+        for gone in [name] if name else list(layer.adapters):
+            del layer.adapters[gone]
+        if not layer.adapters:
+            surgery.replace_layer(model, path, layer.base)
+    if names := adapter_names(model):
+        use_adapters(model, names[-1])
+    elif layers:
+        _as_before(model)
+
+
+def _as_before(model: nn.Module) -> None:
+    """A model whose LoRA layers are gone is saved and trained as others are."""
+    model = surgery.uncompiled(model)
+    vars(model).pop("save_pretrained", None)
+    codes = any(hasattr(weight, "quant_state") for weight in model.parameters())
+    model.requires_grad_(not codes)
+
+
+def _save_pretrained(*arguments: object, **options: object) -> None:
+    """In the place of transformers' own, which would write the layers under names that no model
+    reads again.
+    """
+    raise CourseError(
+        "a model with LoRA layers cannot be saved by save_pretrained: save_adapter(model, folder) "
+        "keeps the adapter, merged_copy(model).save_pretrained(folder) the whole model"
+    )
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -274,9 +317,9 @@ def use_adapters(model: nn.Module, choice: str | Mapping[str, float]) -> None:
     """Choose what is added to the base: one adapter by name, several with weights {"a": 0.3, "b":
     0.7}, or {}, nothing.
 
-    A blend is exact: the weighted sum of the updates. Raises CourseError for an unknown name, a
-    weight that is not finite, or a blend of adapters of different layers, where some layers would
-    get a part of it only.
+    A blend is exact: the weighted sum of the updates. What is not in use does not train. Raises
+    CourseError for an unknown name, a weight that is not finite, or a blend of adapters of
+    different layers, where some layers would get a part of it only.
     """
     if not isinstance(choice, str | Mapping):
         raise CourseError(
@@ -298,13 +341,17 @@ def use_adapters(model: nn.Module, choice: str | Mapping[str, float]) -> None:
                 "with the same targets"
             )
     for layer in lora_layers(model).values():
+        before = layer.in_use
         layer.in_use = {name: weight for name, weight in weights.items() if name in layer.adapters}
+        for name, update in layer.adapters.items():
+            if (name in layer.in_use) != (name in before) or name not in layer.in_use:
+                update.requires_grad_(name in layer.in_use)
 
 
 @contextmanager
 def fused_rows(model: nn.Module, rows: Mapping[str, int]) -> Iterator[None]:
     """In the block, each batch holds the rows of several adapters, one after the other; rows: name
-    -> how many are its own.
+    -> how many are its own. All of them train, until `use_adapters` chooses again.
 
     Raises CourseError for an unknown name, a number that is none, and for a model that trains with
     checkpointed activations: they would be computed again after the block, with the adapter that is
@@ -327,6 +374,8 @@ def fused_rows(model: nn.Module, rows: Mapping[str, int]) -> Iterator[None]:
     before = {layer: layer.rows for layer in lora_layers(model).values()}
     for layer in before:
         layer.rows = dict(rows)
+        for name in rows.keys() & layer.adapters.keys():
+            layer.adapters[name].requires_grad_(True)
     try:
         yield
     finally:
@@ -339,7 +388,8 @@ def merged_copy(model: nn.Module) -> nn.Module:
 
     All of these can train.
 
-    Raises CourseError for a model without LoRA layers, and for quantised ones.
+    Raises CourseError for a model without LoRA layers, for quantised ones, and where a sum is not
+    finite: an update can be too large for float16.
     """
     layers = lora_layers(model)
     if not layers:
@@ -348,12 +398,17 @@ def merged_copy(model: nn.Module) -> nn.Module:
         )
     for layer in layers.values():
         weight_matrix(layer.base)  # refuses quantised layers before the copy takes its memory
-    merged = copy.deepcopy(model)
+    merged = copy.deepcopy(surgery.uncompiled(model))
     with torch.no_grad():
         for path, layer in lora_layers(merged).items():
-            weight_matrix(layer.base).add_(layer.delta())
+            matrix = weight_matrix(layer.base)
+            if not matrix.add_(layer.delta()).isfinite().all():
+                found = f"{path} does not fit into {matrix.dtype} with its update"
+                advice = "load the base with dtype=torch.float32, or train the adapter again"
+                raise CourseError(f"{found}, or one of them is not finite: {advice}")
             surgery.replace_layer(merged, path, layer.base)
-    return merged.requires_grad_(True)
+    _as_before(merged)
+    return merged
 
 
 class DoRALinear(LinearWrapper):

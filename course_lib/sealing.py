@@ -3,7 +3,8 @@
 A folder is written under a temporary name, sealed with the SHA-256 of each of its files, flushed to
 disk and only then renamed to its final name. A process that is killed half-way leaves a temporary
 folder that nobody reads; a file that is damaged later no longer matches its seal, and neither does
-the seal itself.
+the seal itself. A folder that is replaced is renamed before and deleted after; one that a killed
+process left renamed is put back by `recover`.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 SEAL = "SEAL.json"
-PARTIAL = ".partial-"
+PARTIAL, REPLACED = ".partial-", ".replaced-"
 
 
 class DamagedError(Exception):
@@ -45,10 +46,22 @@ def publish(partial: Path, final: Path, facts: dict) -> None:
     seal(partial, files, facts)
     for path in [*files, partial / SEAL, partial]:
         _flush(path)
+    recover(final)
+    replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, replaced)
     os.replace(partial, final)
     _flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def recover(final: Path) -> None:
+    """Put back what a killed process renamed to replace it, unless the new one is there."""
+    replaced = final.with_name(f"{REPLACED}{final.name}")
+    with contextlib.suppress(OSError):
+        if replaced.exists() and not final.exists():
+            os.replace(replaced, final)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def seal(folder: Path, files: Iterable[Path], facts: dict) -> None:
@@ -68,13 +81,7 @@ def check(folder: Path, others: Collection[str] = ()) -> dict:
 
     others: names of files that may lie there beside the sealed ones; hidden files always may
     """
-    try:
-        sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        facts, checksums = dict(sealed["facts"]), dict(sealed["sha256"])
-        if sealed["seal"] != _fingerprint({"facts": facts, "sha256": checksums}):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise DamagedError(f"{folder.name} has no readable {SEAL}") from None
+    facts, checksums = _read(folder)
     present = {
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
     } - {SEAL, *others}
@@ -86,6 +93,26 @@ def check(folder: Path, others: Collection[str] = ()) -> dict:
         if sha256(folder / name) != expected:
             raise DamagedError(f"{folder.name}/{name} differs from its checksum")
     return facts
+
+
+def facts(folder: Path) -> dict:
+    """The facts in the seal of `folder`, believed without a look at its other files.
+
+    Raises DamagedError if there is no readable seal.
+    """
+    return _read(folder)[0]
+
+
+def _read(folder: Path) -> tuple[dict, dict]:
+    """The facts and the checksums of a seal."""
+    try:
+        sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        facts, checksums = dict(sealed["facts"]), dict(sealed["sha256"])
+        if sealed["seal"] != _fingerprint({"facts": facts, "sha256": checksums}):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise DamagedError(f"{folder.name} has no readable {SEAL}") from None
+    return facts, checksums
 
 
 def _fingerprint(sealed: dict) -> str:

@@ -46,10 +46,18 @@ COPIED_TARGETS = {  # model_type of config.json: names as a widely copied table 
 
 class LinearWrapper(nn.Module):
     """What stands in for the linear layer `base` and computes more than it; found under the name of
-    that layer.
+    that layer. `weight` and `bias` are those of `base`: some models read them (T5 the dtype).
     """
 
     base: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
 
 
 @dataclass(frozen=True)
@@ -63,11 +71,16 @@ class Count:
         return f"{self.trained:,} of {self.total:,} weights train ({self.trained / self.total:.4%})"
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that torch.compile was given, whose layers have the names of the family."""
+    return next(model.children()) if type(model).__name__ == "OptimizedModule" else model
+
+
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer, or what wraps it, by its name."""
     found = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in uncompiled(model).named_modules()
         if isinstance(module, nn.Linear | Conv1D | LinearWrapper)
     }
     wrapped = {
@@ -165,6 +178,7 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
             f"a {type(model).__name__} cannot be replaced in itself: put it into "
             "nn.Sequential(layer) first"
         )
+    model = uncompiled(model)
     try:
         model.get_submodule(name)
     except AttributeError:

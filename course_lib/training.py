@@ -142,8 +142,8 @@ def finetune(
     if (folder is None) != (save_every is None):
         advice = "give both to keep checkpoints, or neither"
         raise TrainingError(f"folder and save_every belong together: {advice}")
-    check_weights(base.model)
-    check_examples(examples, base.model)
+    check_weights([weight for weight in base.model.parameters() if weight.requires_grad])
+    check_examples(examples, base.model, base.tokenizer)
     processes = PartialState(cpu=machine.device == "cpu")
     notes: list[str] = []
 
@@ -174,6 +174,8 @@ def finetune(
     finally:
         base.model.eval()
         base.model.zero_grad()  # a step that was broken off leaves gradients
+        if keeper:
+            keeper.leave(base.model)
     if out_of_memory:  # raised here, apart from the error, which holds the activations
         advice = "lower batch_size, shorten the examples (max_tokens) or choose a smaller base"
         raise TrainingError(f"step {len(losses) + 1} ran out of memory ({out_of_memory}): {advice}")
@@ -334,12 +336,11 @@ def _placed(model: nn.Module, machine: Machine) -> tuple[nn.Module, list[nn.Para
     return DistributedDataParallel(model) if several else model, weights
 
 
-def check_weights(model: nn.Module) -> None:
-    """Raise TrainingError if no weight requires a gradient, or one that does is not float32."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
+def check_weights(trained: Sequence[Tensor]) -> None:
+    """Raise TrainingError if there are no weights to train, or one of them is not float32."""
     if not trained:
         found = "no weight requires a gradient, so nothing would be trained"
-        raise TrainingError(f"{found}: add an adapter")
+        raise TrainingError(f"{found}: add an adapter, or choose one with use_adapters")
     if dtypes := {weight.dtype for weight in trained} - {torch.float32}:
         found = f"trained weights are {dtypes.pop()}, expected float32"
         raise TrainingError(f"{found}: load the model with dtype=torch.float32")

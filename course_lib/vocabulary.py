@@ -87,13 +87,18 @@ def add_pieces(base: "Loaded", pieces: Sequence[str]) -> None:
     """Give `base` a tokenizer with these pieces, and a row for each: the mean of the rows of the
     tokens it replaces.
 
-    Raises CourseError for a piece that is one token already.
+    Raises CourseError, before anything is changed, for a piece that stands twice, is one token
+    already, or is nothing.
     """
     replaced = [encode_text(piece, base.tokenizer) for piece in pieces]
+    if twice := [piece for piece, count in Counter(pieces).items() if count > 1]:
+        raise CourseError(f"{twice[0]!r} stands twice among the pieces: give each once")
     if whole := [piece for piece, ids in zip(pieces, replaced, strict=True) if len(ids) < 2]:
         raise CourseError(f"{whole[0]!r} is one token already: add pieces of two or more tokens")
-    first = len(base.tokenizer)
-    base.tokenizer = extended_copy(base.tokenizer, pieces)
+    first, extended = len(base.tokenizer), extended_copy(base.tokenizer, pieces)
+    if (added := len(extended) - first) < len(pieces):
+        raise CourseError(f"the tokenizer takes {added} of {len(pieces)} pieces: give other ones")
+    base.tokenizer = extended
     # some models have spare rows
     rows = max(base.model.get_input_embeddings().weight.shape[0], len(base.tokenizer))
     base.model.resize_token_embeddings(rows, mean_resizing=False)
@@ -123,6 +128,7 @@ def only_new_rows(model: "PreTrainedModel", first: int) -> Iterator[None]:
     matrices = _token_matrices(model)
     for weight in matrices:
         weight.requires_grad_(True)
+        mark_new_rows(weight, first)
     hooks = [weight.register_hook(keep_new) for weight in matrices]
     try:
         yield
@@ -131,6 +137,16 @@ def only_new_rows(model: "PreTrainedModel", first: int) -> Iterator[None]:
             hook.remove()
         for weight, trains in before.items():
             weight.requires_grad_(trains)
+
+
+def mark_new_rows(weight: Tensor, first: int) -> None:
+    """Note on an embedding matrix that its rows from `first` on are new, for `save_adapter`."""
+    weight.first_new_row = first
+
+
+def first_new_row(weight: Tensor) -> int | None:
+    """What `mark_new_rows` noted, or None."""
+    return getattr(weight, "first_new_row", None)
 
 
 def _token_matrices(model: "PreTrainedModel") -> list[Tensor]:

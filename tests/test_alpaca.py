@@ -65,7 +65,7 @@ def test_lists_and_lines_give_the_same_records(tmp_path, name):
         ),
         (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
         (b"[" + b"9" * 5000 + b"]", "[Ee]xceeds the limit"),
-        (b"\x1f\x8b\x08\x00 rest", "is a gzip archive, expected JSON text: unpack"),
+        (b"\x1f\x8b\x08\x00 rest", "is compressed with gzip, expected JSON text: unpack"),
         (b"PAR1 rest", "is a Parquet file"),
         (b'[{"a\\nb": 1, "a\\nb": 2}]', r'the key "a\\nb" stands twice'),
         (b'[{"\\ud800": 1, "\\ud800": 2}]', r'the key "\\ud800" stands twice'),
@@ -190,7 +190,9 @@ def hub_data(fake_hub, tmp_path, monkeypatch):
 def test_a_data_set_of_the_hub_goes_through_the_same_checks(hub_data):
     rows = [{**GOOD, "text": "made"}, {**GOOD, "output": "", "text": "made"}]
     (hub_data / "train.json").write_text(json.dumps(rows))
-    assert str(alpaca.read_hub()) == "tatsu-lab/alpaca: 2 read = 1 kept + 1 refused (1 empty)"
+    assert str(alpaca.read_hub()) == (
+        "tatsu-lab/alpaca: 2 read = 1 kept + 1 refused (1 empty); 1 x field 'text' left aside"
+    )
 
 
 @pytest.mark.parametrize("content", [None, "[{", "<html>"])
@@ -302,3 +304,58 @@ def test_a_missing_package_is_one_line(monkeypatch):
     alpaca.rouge_scorer.cache_clear()
     with pytest.raises(CourseError, match="rouge-score is missing: pip install rouge-score"):
         alpaca.novel(["Name a river in Africa."], [])
+
+
+@pytest.mark.parametrize(
+    "said", ["", " ", "\n", "\u200b", None, "<noinput>", "NoInput", "No input.", "N/A", "None"]
+)
+def test_an_input_that_says_nothing_is_none_and_counted(said):
+    row = {"instruction": "Name a planet.", "output": "Mars", "input": said}
+    reading = check_records([row], "here")
+    assert reading.records == [Record("Name a planet.", "Mars")]
+    assert sum(reading.notes.values()) == (1 if said else 0)
+    assert ("read as none" in str(reading)) is bool(said)
+
+
+def test_an_output_that_says_nothing_is_kept_and_counted_and_one_without_a_shape_refused():
+    rows = [
+        {"instruction": f"Question {n}", "output": said}
+        for n, said in enumerate(("None", "\u2060", "N/A"))
+    ]
+    reading = check_records(rows, "here")
+    assert [record.output for record in reading.records] == ["None", "N/A"]
+    assert reading.refused == ['here, record 2: empty: "output" has no text']
+    assert reading.notes == {"output 'None' kept": 1, "output 'N/A' kept": 1}
+
+
+def test_records_that_differ_only_in_how_they_say_nothing_are_one():
+    rows = [{**GOOD, "input": said} for said in ("", " ", "<noinput>")]
+    assert str(check_records(rows, "here")).startswith(
+        "here: 3 read = 1 kept + 2 refused (2 repeated)"
+    )
+
+
+def test_further_fields_are_left_aside_and_named(tmp_path):
+    rows = [{**GOOD, "output": str(n), "model_response": ["x"], "id": n} for n in range(3)]
+    del rows[2]["id"]
+    reading = read_records(written(tmp_path, json.dumps(rows)))
+    assert len(reading.records) == 3
+    assert reading.notes == {"field 'model_response' left aside": 3, "field 'id' left aside": 2}
+    assert "3 x field 'model_response' left aside, 2 x field 'id'" in str(reading)
+    many = [{**GOOD, **{f"field{n}": 1 for n in range(20)}}]
+    assert str(check_records(many, "here")).endswith(", and 12 more")
+
+
+def test_a_missing_input_is_read_alike_by_every_reader(tmp_path, hub_data):
+    rows = [{"instruction": "Name a planet.", "output": "Mars"}, {**GOOD, "input": "b a"}]
+    lines = "\n".join(map(json.dumps, rows))
+    (hub_data / "train.jsonl").write_text(lines)  # datasets makes null of the missing field
+    ours = read_records(written(tmp_path, lines, "data.jsonl"))
+    assert (
+        alpaca.read_hub().records
+        == ours.records
+        == [
+            Record("Name a planet.", "Mars"),
+            Record("Add.", "2", "b a"),
+        ]
+    )

@@ -1,5 +1,7 @@
 """Tests of course_lib.batching: what is trained, and what is not."""
 
+import math
+
 import pytest
 import torch
 
@@ -130,7 +132,7 @@ def test_packing_puts_each_example_into_the_first_row_with_room():
 def test_packed_examples_get_the_logits_they_have_alone(tiny, attention, dtype, close):
     tiny.model.to(dtype).set_attn_implementation(attention)
     rows = batching.pack(examples_of([9, 30, 17, 5, 12, 3, 1]), max_tokens=40)
-    batch = collate_packed(rows, pad_id=0, dtype=dtype)
+    batch = collate_packed(rows, pad_id=0, model=tiny.model)
     labels = batch.pop("labels")
     with torch.inference_mode():
         logits = tiny.model(**batch).logits
@@ -156,7 +158,7 @@ def test_packed_examples_cannot_see_each_other(tiny, attention):
             tiny.model(
                 **{
                     name: tensor
-                    for name, tensor in collate_packed([row], 0).items()
+                    for name, tensor in collate_packed([row], 0, tiny.model).items()
                     if name != "labels"
                 }
             ).logits[0]
@@ -173,7 +175,9 @@ def test_the_loss_of_a_packed_batch_is_that_of_the_padded_one(tiny, records, mas
 
     examples = encode_records(records, tiny.tokenizer, 1000, mask_prompt=mask_prompt).examples
     padded = supervised_loss(tiny.model, collate(examples, 0))
-    packed = supervised_loss(tiny.model, collate_packed(batching.pack(examples, 150), 0))
+    packed = supervised_loss(
+        tiny.model, collate_packed(batching.pack(examples, 150), 0, tiny.model)
+    )
     assert packed.item() == pytest.approx(padded.item(), abs=1e-5)
 
 
@@ -199,3 +203,114 @@ def test_every_epoch_shows_every_example_once(group_by_length):
     )
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
     assert order[:10] != order[10:]
+
+
+def with_ends(tokenizer, before="", after=""):
+    """The tokenizer, putting these special tokens around every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    names = [name for name in (before, after) if name]
+    ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in names]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join(filter(None, [before, "$A", after])), special_tokens=ids
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("", ""), ("", "<|endoftext|>"), ("<|endoftext|>", ""), ("<|endoftext|>", "<|endoftext|>")],
+)
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text_and_never_ends_one(tiny, before, after):
+    record = Record("Add.", "2")
+    plain = batching.encode_prompt(record, tiny.tokenizer)
+    end = tiny.tokenizer.eos_token_id
+    tokenizer = with_ends(tiny.tokenizer, before, after)
+    assert tokenizer("a")["input_ids"].count(end) == bool(before) + bool(after)
+    assert batching.encode_prompt(record, tokenizer) == [end] * bool(before) + plain
+    assert batching.encode(record, tokenizer).input_ids.count(end) == 1 + bool(before)
+
+
+def test_a_tokenizer_without_eos_is_refused(tiny):
+    tiny.tokenizer.eos_token = None
+    with pytest.raises(CourseError, match="the tokenizer has no EOS, so no answer could end"):
+        batching.encode(Record("Add.", "2"), tiny.tokenizer)
+
+
+def test_the_limit_of_positions_is_found_in_every_family_or_there_is_none():
+    from transformers import BloomConfig, FalconConfig, GPT2Config, MptConfig
+
+    from course_lib import surgery
+
+    sizes = {"vocab_size": 10, "hidden_size": 8, "n_layer": 1, "n_head": 2}
+    for config, limit in (
+        (GPT2Config(n_positions=32, n_embd=8, n_layer=1, n_head=2, vocab_size=10), 32),
+        (MptConfig(max_seq_len=64, d_model=8, n_layers=1, n_heads=2, vocab_size=10), 64),
+        (BloomConfig(**sizes), math.inf),
+    ):
+        assert batching.most_positions(surgery.empty_model(config)) == limit
+    assert FalconConfig().max_position_embeddings
+
+
+SIZES = {"vocab_size": 1536, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+SMALL = SIZES | {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
+
+
+def families():
+    """Small models of several families, and whether examples of up to 9 tokens can be packed."""
+    from transformers import (
+        BloomConfig,
+        FalconConfig,
+        Gemma2Config,
+        GPT2Config,
+        MistralConfig,
+        MptConfig,
+        Qwen2Config,
+        Qwen3NextConfig,
+    )
+
+    few = {"vocab_size": 1536, "hidden_size": 16}
+    gpt2 = GPT2Config(vocab_size=1536, n_embd=16, n_layer=2, n_head=2)
+    falcon = few | {"num_hidden_layers": 2, "num_attention_heads": 2}
+    return {
+        "Mistral, window 64": (MistralConfig(**SMALL, sliding_window=64), ""),
+        "Mistral, window 5": (MistralConfig(**SMALL, sliding_window=5), "sees 5 tokens back"),
+        "Mistral, no window": (MistralConfig(**SMALL, sliding_window=None), ""),
+        "Gemma 2, window 64": (Gemma2Config(**SMALL, sliding_window=64), ""),
+        "Gemma 2, window 5": (Gemma2Config(**SMALL, sliding_window=5), "sees 5 tokens back"),
+        "Qwen 2, window unused": (Qwen2Config(**SMALL, sliding_window=5), ""),
+        "GPT-2": (gpt2, ""),
+        "Falcon, rotary": (FalconConfig(**falcon, alibi=False), ""),
+        "Falcon, ALiBi": (FalconConfig(**falcon, alibi=True), "counts positions by the row"),
+        "Bloom": (BloomConfig(**few, n_layer=2, n_head=2), "takes no positions"),
+        "MPT": (MptConfig(vocab_size=1536, d_model=16, n_layers=2, n_heads=2), "no positions"),
+        "Qwen 3 Next": (
+            Qwen3NextConfig(**SMALL, layer_types=["linear_attention", "full_attention"]),
+            "another kind than attention",
+        ),
+    }
+
+
+@pytest.mark.parametrize("family", families())
+def test_packed_batches_of_every_family_are_equal_to_padded_ones_or_refused(family):
+    from transformers import AutoModelForCausalLM
+
+    config, refusal = families()[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows = batching.pack(examples_of([9, 6, 4, 3]), max_tokens=13)
+    if refusal:
+        with pytest.raises(CourseError, match=f"{refusal}.* cannot be packed: pad its batches"):
+            collate_packed(rows, 0, model)
+        return
+    batch = collate_packed(rows, 0, model)
+    batch.pop("labels")
+    with torch.inference_mode():
+        logits = model(**batch).logits
+        for index, row in enumerate(rows):
+            start = 0
+            for example in row:
+                alone = model(torch.tensor([example.input_ids])).logits[0]
+                place = slice(start, start + len(example))
+                torch.testing.assert_close(logits[index, place], alone, atol=1e-5, rtol=0)
+                start += len(example)

@@ -6,11 +6,12 @@ More of them, with faults, are in tests/faults.
 import json
 import shutil
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from course_lib.checkpoints import OPTIMIZER, PROGRESS, RANDOM, WEIGHTS
+from course_lib.checkpoints import OPTIMIZER, PROGRESS, RANDOM, WEIGHTS, CheckpointError
 from course_lib.lora import add_lora
 from course_lib.sealing import SEAL
 from tests.fixtures.models import fresh_tiny
@@ -95,3 +96,57 @@ def test_dropout_goes_on_as_if_nothing_had_happened(machine, tmp_path):
     resumed, outcome = run(tmp_path / "broken")
     assert outcome.resumed_at == 2
     assert same_weights(resumed, unbroken)
+
+
+def test_a_run_goes_on_only_from_the_weights_it_started_from(machine, tmp_path):
+    """Another base, another adapter of the same shape, or a model that another run has trained."""
+
+    def adapter_of(seed):
+        base = fresh_tiny()
+        add_lora(base.model, 2, 4, ["q_proj"], seed=seed)
+        return base
+
+    def other_base():
+        base = adapter_of(0)
+        base.model.model.norm.weight.data[0] += 1e-3
+        return base
+
+    def trained_elsewhere():
+        base = adapter_of(0)
+        train(machine, base, steps=2, folder=tmp_path / "elsewhere", save_every=1)
+        return base
+
+    train(machine, adapter_of(0), folder=tmp_path / "run", save_every=2)
+    for start in (lambda: adapter_of(1), other_base, trained_elsewhere):
+        base = start()
+        before = {name: weight.clone() for name, weight in base.model.named_parameters()}
+        with pytest.raises(
+            CheckpointError, match=r"weights at the start .*: load the base again or another folder"
+        ):
+            train(machine, base, folder=tmp_path / "run", save_every=2)
+        assert all(torch.equal(before[name], w) for name, w in base.model.named_parameters())
+    _, run = train(machine, adapter_of(0), folder=tmp_path / "run", save_every=2)
+    assert run.resumed_at == 6
+
+
+def test_a_broken_off_run_goes_on_in_the_same_kernel_on_the_same_model(machine, tmp_path):
+    unbroken, _ = train(machine)
+    base = fresh_tiny()
+    with pytest.raises(KeyboardInterrupt):
+        train(machine, base, folder=tmp_path, save_every=2, after_step=Stopping(3))
+    _, run = train(machine, base, folder=tmp_path, save_every=2, after_step=Stopping(None))
+    assert run.resumed_at == 2
+    assert same_weights(base, unbroken)
+    _, again = train(machine, base, folder=tmp_path, save_every=2, after_step=Stopping(None))
+    assert again.resumed_at == 6, "the cell may run once more"
+
+
+class Stopping:
+    """An `after_step` that is interrupted at a step, as by a reader."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def __call__(self, model, step):
+        if step == self.at:
+            raise KeyboardInterrupt

@@ -12,6 +12,7 @@ from course_lib.alpaca import DataError, Record
 from course_lib.batching import encode, encode_text
 from course_lib.evaluation import Question, contains, judge, normalise
 from course_lib.runtime import CourseError
+from tests.fixtures.runs import train
 
 RIGHT = Record("Capital of France?", '{"answer": "Paris", "topic": "capital"}')
 
@@ -292,3 +293,61 @@ def test_drawn_questions_are_spread_evenly_and_the_same_every_time():
     )
     assert len({record.extra["topic"] for record in drawn}) == 10
     assert {record.extra["split"] for record in drawn} == {"test"}
+
+
+@pytest.mark.parametrize("count", [1, 7, 10, 15, 99, 119, 120])
+def test_as_many_questions_are_drawn_as_were_asked_for(count):
+    drawn = evaluation.draw_questions(count)
+    assert len({record.instruction + record.input for record in drawn}) == len(drawn) == count
+    numbers = Counter(record.extra["topic"] for record in drawn)
+    assert max(numbers.values()) - (min(numbers.values()) if count >= 10 else 0) <= 1
+
+
+@pytest.mark.parametrize("count", [0, -1, 121, 2.5, "10", True])
+def test_more_questions_than_there_are_or_none_are_refused(count):
+    with pytest.raises(CourseError, match=r"must be a whole number in 1\.\.120: choose one"):
+        evaluation.draw_questions(count)
+
+
+def test_generation_stops_where_training_taught_it_to(tiny):
+    """A tokenizer whose EOS is not the model's: what is trained to end an answer must end it."""
+    tokens = tiny.tokenizer.convert_ids_to_tokens(range(300, 302))
+    tiny.tokenizer.eos_token = tokens[0]
+    own, other = tiny.tokenizer.eos_token_id, tiny.model.generation_config.eos_token_id
+    assert own != other
+    assert evaluation.ends_of(tiny) == [own, other]
+    head = tiny.model.get_output_embeddings()
+    weight = torch.zeros_like(head.weight)
+    head.weight = torch.nn.Parameter(weight)
+    head.bias = torch.nn.Parameter(
+        torch.nn.functional.one_hot(torch.tensor(own), len(weight)) * 9.0
+    )
+    once = tiny.tokenizer.decode([own]).strip()
+    assert evaluation.generate(tiny, [[5, 6]], max_new_tokens=8) == [once]
+
+
+def test_a_token_that_only_the_tokenizer_has_is_named(tiny):
+    prompt = [5, 6]
+    tiny.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    for attempt in (
+        lambda: evaluation.generate(tiny, [prompt], 2),
+        lambda: evaluation.score_answers(tiny, evaluation.read_task("test")[:2]),
+        lambda: evaluation.perplexity(tiny, ["Ada lives here."]),
+    ):
+        with pytest.raises(CourseError, match=r"pads with token id 1536, beyond the model's 1536"):
+            attempt()
+    tiny.tokenizer.add_tokens(["<tool>"])
+    tiny.tokenizer.pad_token = tiny.tokenizer.eos_token
+    added = tiny.tokenizer.convert_tokens_to_ids("<tool>")
+    with pytest.raises(CourseError, match="token id 1537 is beyond the model's 1536 embeddings"):
+        evaluation.generate(tiny, [[added]], 2)
+
+
+def test_a_family_without_a_limit_of_positions_has_a_perplexity_and_is_trained(tiny, machine):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    size = len(tiny.tokenizer)
+    tiny.model = BloomForCausalLM(BloomConfig(vocab_size=size, hidden_size=8, n_layer=1, n_head=2))
+    assert 1 < evaluation.perplexity(tiny, ["Ada lives in a city. " * 50]) < 100 * size
+    _, run = train(machine, base=tiny, steps=2)
+    assert len(run.losses) == 2

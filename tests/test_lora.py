@@ -11,11 +11,21 @@ from transformers.pytorch_utils import Conv1D
 from course_lib import lora
 from course_lib.batching import collate, encode, encode_records
 from course_lib.checkpoints import CheckpointError
-from course_lib.lora import DoRALinear, LoRALinear, add_lora, lora_layers, merged_copy, use_adapters
+from course_lib.lora import (
+    DoRALinear,
+    LoRALinear,
+    adapter_names,
+    add_lora,
+    lora_layers,
+    merged_copy,
+    remove_lora,
+    use_adapters,
+)
 from course_lib.memory import checkpoint_blocks
 from course_lib.objective import supervised_loss
 from course_lib.peft_format import load_adapter, save_adapter
 from course_lib.runtime import CourseError
+from course_lib.surgery import count_parameters
 from course_lib.training import finetune
 from tests.fixtures.models import adapted, fill, fresh_tiny, logits, small_gpt2
 from tests.fixtures.runs import QUIET, RECORDS, train
@@ -397,3 +407,114 @@ def test_blocks_that_are_used_twice_are_adapted_once_and_merge():
     fill(model)
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(merged_copy(model)(x), model(x))
+
+
+# --- adapters that go, compiled models, other families
+
+
+def test_a_cell_that_removes_and_adds_can_run_twice():
+    model = fresh_tiny().model
+    before, names = logits(model), [name for name, _ in model.named_parameters()]
+    for _ in range(2):
+        remove_lora(model)
+        add_lora(model, 4, 8)
+        fill(model)
+    assert not torch.equal(logits(model), before)
+    remove_lora(model)
+    assert torch.equal(logits(model), before)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(weight.requires_grad for weight in model.parameters())
+    assert not lora_layers(model)
+
+
+def test_one_of_several_adapters_goes_and_the_others_stay():
+    model = adapted(adapted(name="one", targets=["q_proj", "k_proj"]), ["q_proj"], name="two")
+    use_adapters(model, "one")
+    expected = logits(model)
+    remove_lora(model, "two")
+    assert adapter_names(model) == ["one"]
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(CourseError, match="adapter 'two' is not known, the model has one"):
+        remove_lora(model, "two")
+    remove_lora(model, "one")
+    assert not lora_layers(model)
+
+
+def test_what_save_pretrained_would_lose_is_refused(tmp_path):
+    model = adapted()
+    with pytest.raises(CourseError, match="save_adapter.* keeps the adapter, merged_copy"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    merged = merged_copy(model)
+    merged.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-4, rtol=0)
+    remove_lora(model)
+    model.save_pretrained(tmp_path)
+
+
+def test_an_update_that_is_too_large_for_fp16_is_not_merged():
+    model = fresh_tiny().model.half()
+    add_lora(model, 1, 1, ["q_proj"])
+    layer = next(iter(lora_layers(model).values()))
+    with torch.no_grad():
+        layer.adapters["default"].A[:], layer.adapters["default"].B[:] = 300.0, 300.0
+    with pytest.raises(CourseError, match="does not fit into torch.float16 with its update"):
+        merged_copy(model)
+
+
+def test_what_is_idle_does_not_train():
+    model = adapted(adapted(name="one"), name="two")
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained
+    assert all(".two." in name for name in trained)
+    alone = count_parameters(adapted(name="one")).trained
+    assert count_parameters(model).trained == alone
+    use_adapters(model, {"one": 0.5, "two": 0.5})
+    assert count_parameters(model).trained == 2 * alone
+    use_adapters(model, {})
+    assert count_parameters(model).trained == 0
+
+
+def test_weights_that_were_frozen_on_purpose_stay_frozen_while_in_use():
+    model = adapted(name="one")
+    for layer in lora_layers(model).values():
+        layer.adapters["one"].A.requires_grad_(False)
+    use_adapters(model, "one")
+    assert not any(layer.adapters["one"].A.requires_grad for layer in lora_layers(model).values())
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_a_compiled_model_is_adapted_as_the_one_that_was_compiled(called_before):
+    model = fresh_tiny().model
+    compiled = torch.compile(model, backend="eager")
+    if called_before:
+        logits(compiled)
+    add_lora(compiled, 4, 8)
+    fill(compiled)
+    assert all(path.startswith("model.layers.") for path in lora_layers(compiled))
+    assert torch.equal(logits(compiled), logits(model))
+    assert torch.equal(logits(compiled), logits(adapted(targets=["q_proj", "v_proj"])))
+    torch.testing.assert_close(logits(merged_copy(compiled)), logits(model), atol=1e-4, rtol=0)
+    remove_lora(compiled)
+    assert torch.equal(logits(compiled), logits(fresh_tiny().model))
+
+
+def test_models_that_read_a_layers_weight_find_it():
+    """Gated T5 casts to the dtype of wo.weight before it calls wo."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=32, d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(config).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(input_ids=ids, decoder_input_ids=ids).logits
+    add_lora(model, 2, 4, ["wo", "q"])
+    after = model(input_ids=ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    layer = next(iter(lora_layers(model).values()))
+    assert layer.weight is layer.base.weight
+    assert layer.bias is None

@@ -1,6 +1,7 @@
 """Tests of course_lib.models: every name ends in a model; what is missing is said in one line."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from course_lib import hub, models
+from course_lib import hub, models, sealing
 from course_lib.lora import add_lora
 from course_lib.runtime import CourseError
 from course_lib.surgery import ALL_LINEAR, count_parameters
@@ -270,3 +271,70 @@ def test_an_unknown_way_to_quantise_lists_the_known_ones(machine):
         CourseError, match="quantize='int4' is not known, expected None or one of nf4"
     ):
         models.load("tiny", machine, quantize="int4")
+
+
+# --- what a smaller model is no answer to
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "memory does not suffice for smollm2-135m"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "memory does not suffice"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory does not suffice"),
+        (ImportError("sentencepiece is missing"), "needs a package .sentencepiece is missing"),
+    ],
+)
+def test_missing_memory_or_packages_give_no_smaller_model(
+    machine, small_wheel, monkeypatch, error, said
+):
+    def fail(folder, options):
+        raise error
+
+    monkeypatch.setattr(models, "_from_pretrained", fail)
+    with pytest.raises(CourseError, match=said) as refusal:
+        models.load("smollm2-135m", machine, say=QUIET)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError, ValueError, KeyError, RuntimeError])
+def test_an_error_of_the_program_is_raised_as_it_is(machine, small_wheel, monkeypatch, error):
+    def fail(folder, options):
+        raise error("a mistake in the code")
+
+    monkeypatch.setattr(models, "_from_pretrained", fail)
+    with pytest.raises(error, match="a mistake in the code"):
+        models.load("smollm2-135m", machine, say=QUIET)
+
+
+def test_too_little_memory_to_unpack_is_no_damage(machine, small_wheel, monkeypatch):
+    def fail(source, target):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(models, "_unpack", fail)
+    with pytest.raises(CourseError, match="memory does not suffice for smollm2-135m"):
+        models.load("smollm2-135m", machine, say=QUIET)
+
+
+# --- the tokenizer of the unpacked model
+
+
+def test_the_unpacked_tokenizer_has_the_rules_of_the_published_one(smollm2):
+    """SmolLM2's tokenizer.json: single digits, then bytes; llama.cpp gives these tokens, too."""
+    tokenizer = smollm2.tokenizer
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]["pretokenizers"]
+    assert [rule["type"] for rule in rules] == ["Digits", "ByteLevel"]
+    assert rules[0]["individual_digits"] is True
+    assert rules[1]["add_prefix_space"] is False
+    assert tokenizer.tokenize("12 = 7\n\n1.") == ["1", "2", "Ġ=", "Ġ", "7", "ĊĊ", "1", "."]
+    assert tokenizer.tokenize("  007\n\n  3") == ["ĠĠ", "0", "0", "7", "ĊĊĠĠ", "3"]
+
+
+def test_a_model_that_an_older_course_unpacked_is_unpacked_again(machine, small_wheel, empty_cache):
+    partial = sealing.partial_folder(empty_cache / "smollm2-135m")
+    sealing.publish(partial, empty_cache / "smollm2-135m", {"source": models.WHEEL})
+    said = []
+    for verify in (False, True):
+        models.unpacked_smollm2(said.append, verify)
+    assert [line for line in said if "another edition of the course" in line]
+    assert sealing.facts(empty_cache / "smollm2-135m") == models.UNPACKED

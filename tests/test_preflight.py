@@ -3,7 +3,6 @@ broken is imported to find it.
 """
 
 import errno
-import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -24,7 +23,7 @@ def test_this_environment_has_no_problem_even_with_everything_imported(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     course_requires(*PROJECT["dependencies"])
     for line in PROJECT["dependencies"]:
-        __import__(Requirement(line).name)
+        __import__(Requirement(line).name.replace("-", "_"))
     found = list(preflight.findings())
     assert lines(found, "problem") == []
     subjects = ["Python", "imported", "device", "memory", "base", "disk", "Hub"]
@@ -180,12 +179,16 @@ def test_a_full_disk_is_no_problem_where_the_base_model_already_lies(
 ):
     monkeypatch.setattr(preflight.shutil, "disk_usage", disk_with(1_000_000))
     assert [finding.state for finding in preflight._base_model()] == ["note", "problem"]
-    shutil.copytree(
-        models.tiny_folder(),
-        empty_cache / "smollm2-135m",
-        ignore=shutil.ignore_patterns("README.md"),
-    )
+    partial = sealing.partial_folder(empty_cache / "smollm2-135m")
+    sealing.publish(partial, empty_cache / "smollm2-135m", models.UNPACKED)
     assert [finding.state for finding in preflight._base_model()] == ["ok"]
+
+
+def test_a_model_that_an_older_course_unpacked_is_a_note(fitting, empty_cache):
+    partial = sealing.partial_folder(empty_cache / "smollm2-135m")
+    sealing.publish(partial, empty_cache / "smollm2-135m", {"source": models.WHEEL})
+    (said,) = lines(preflight._base_model(), "note")
+    assert "another edition of the course unpacked it" in said
 
 
 def test_a_cache_folder_that_cannot_be_made_is_a_problem(fitting, tmp_path, monkeypatch):
@@ -200,7 +203,7 @@ def test_a_cache_folder_that_cannot_be_made_is_a_problem(fitting, tmp_path, monk
 def test_a_damaged_cache_names_the_damage_and_the_rebuilding(fitting, empty_cache):
     partial = sealing.partial_folder(empty_cache / "smollm2-135m")
     (partial / "model.safetensors").write_bytes(b"weights")
-    sealing.publish(partial, empty_cache / "smollm2-135m", {})
+    sealing.publish(partial, empty_cache / "smollm2-135m", models.UNPACKED)
     assert [finding.state for finding in preflight._base_model()] == ["ok"]
     (empty_cache / "smollm2-135m" / "model.safetensors").write_bytes(b"weight")
     (said,) = lines(preflight._base_model(), "note")

@@ -23,7 +23,7 @@ from course_lib.batching import (
 )
 from course_lib.checkpoints import CheckpointError
 from course_lib.evaluation import generate
-from course_lib.lora import add_lora
+from course_lib.lora import add_lora, use_adapters
 from course_lib.objective import summed_loss, supervised_loss
 from course_lib.runtime import GB, CourseError, Gpu, decide
 from course_lib.training import TrainingError, finetune
@@ -211,8 +211,11 @@ def test_autocast_is_taken_off_the_model_after_training(machine, tiny):
 def weights_and_run(method, folder, **options):
     """What a process trains: its weights, and what it did; with what it said."""
     base, said = fresh_tiny(), []
-    if method == "LoRA":
+    if method != "full":
         add_lora(base.model, 4, 8)
+    if method == "LoRA beside an idle adapter":
+        add_lora(base.model, 4, 8, name="idle")
+        use_adapters(base.model, "default")
     _, run = train(
         CPU,
         base,
@@ -224,7 +227,10 @@ def weights_and_run(method, folder, **options):
 
 
 @pytest.mark.parametrize(
-    ("method", "accumulate"), first_fast([("LoRA", 2), ("LoRA", 1), ("full", 1), ("full", 2)])
+    ("method", "accumulate"),
+    first_fast(
+        [("LoRA beside an idle adapter", 2), ("LoRA", 2), ("LoRA", 1), ("full", 1), ("full", 2)]
+    ),
 )
 def test_two_processes_take_the_same_steps_as_one(method, accumulate, tmp_path):
     weights, run, _ = weights_and_run(method, None, steps=3, batch_size=4, accumulate=accumulate)

@@ -133,3 +133,25 @@ def test_a_piece_that_is_one_token_already_is_refused(tiny):
         CourseError, match="' the' is one token already|'茶馆' is one token already"
     ):
         vocabulary.add_pieces(tiny, ["茶馆"])
+
+
+@pytest.mark.parametrize(
+    ("pieces", "said"),
+    [
+        (["茶馆", "我们", "茶馆"], "'茶馆' stands twice among the pieces"),
+        (["茶馆", ""], "'' is one token already"),
+    ],
+)
+def test_nothing_changes_before_pieces_are_refused(tiny, pieces, said):
+    size, rows = len(tiny.tokenizer), len(tiny.model.get_input_embeddings().weight)
+    with pytest.raises(CourseError, match=said):
+        vocabulary.add_pieces(tiny, pieces)
+    assert (len(tiny.tokenizer), len(tiny.model.get_input_embeddings().weight)) == (size, rows)
+
+
+def test_pieces_cannot_be_added_a_second_time(tiny):
+    vocabulary.add_pieces(tiny, PIECES)
+    before = tiny.model.get_input_embeddings().weight.clone()
+    with pytest.raises(CourseError, match="is one token already"):
+        vocabulary.add_pieces(tiny, PIECES)
+    assert torch.equal(tiny.model.get_input_embeddings().weight, before)

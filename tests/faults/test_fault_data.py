@@ -164,7 +164,7 @@ def test_another_encoding_is_refused_and_named(encoding, refused_whole):
     refused_whole(
         content,
         *(
-            ["line 1: byte 0xfc", "perhaps Latin-1"]
+            ["line 1: byte 0xfc is not UTF-8, perhaps cp125"]
             if encoding == "latin-1"
             else ["expected UTF-8"]
         ),
@@ -190,11 +190,11 @@ ROWS = {
         'not text: "output" is true or false',
     ),
     "has a list for text": ({**GOOD[0], "output": ["2"]}, 'not text: "output" is a list'),
-    "has null for the input": ({**GOOD[0], "input": None}, 'not text: "input" is null'),
-    "has a key too many": (
-        {**GOOD[0], "text": "x"},
-        'unknown field: "text", expected only instruction, input, output',
+    "has an answer that nobody can see": (
+        {**GOOD[0], "output": "\u200b\ufeff"},
+        'empty: "output" has no text',
     ),
+    "has a number for the input": ({**GOOD[0], "input": 2}, 'not text: "input" is a number'),
 }
 
 

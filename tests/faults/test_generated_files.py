@@ -9,6 +9,7 @@ import json
 import re
 
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,7 +50,8 @@ NO_JSON = [
 NO_NUMBERS = ["NaN", "-Infinity", "1e999", "9" * 5000]
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-32-be", "cp1252"]
 
-PLAIN = ["Add.", "2", "Name a fruit.", "", " \n"]
+UNSEEN = r"[\p{Cc}\p{Cf}\p{Z}\u115f\u1160\u2800\u3164\uffa0\ufe0e\ufe0f]"
+PLAIN = ["Add.", "2", "Name a fruit.", "", " \n", "\u200b", "<NoInput>", "N/A", "None"]
 texts = st.one_of(
     st.sampled_from(PLAIN),
     st.text(max_size=10),
@@ -181,17 +183,23 @@ def rows_in(path):
 
 
 def good_records(rows):
-    """The rows that are records, each once, in order."""
+    """The rows that are records, each once, in order: an input that is null, blank or a marker is
+    none, other fields do not count.
+    """
     found = []
     for row in rows:
-        if isinstance(row, dict) and {"instruction", "output"} <= row.keys() <= set(FIELDS):
-            texts = [row["instruction"], row["output"], row.get("input", "")]
+        if isinstance(row, dict) and {"instruction", "output"} <= row.keys():
+            given = row.get("input") if row.get("input") is not None else ""
+            texts = [row["instruction"], row["output"], given]
             if all(
                 isinstance(text, str) and re.fullmatch(r"[^\0\ud800-\udfff]{,100000}", text)
                 for text in texts
             ):
+                seen = [regex.sub(UNSEEN, "", text) for text in texts]
+                if not seen[2] or seen[2].lower().strip("<>.") in ("none", "noinput", "n/a"):
+                    texts[2] = ""
                 record = Record(*texts)
-                if record.instruction.strip() and record.output.strip() and record not in found:
+                if seen[0] and seen[1] and record not in found:
                     found.append(record)
     return found
 
