@@ -28,6 +28,12 @@ Arrows point one way, from top to leaf. Importing `course_lib` imports nothing h
 | top    | `checks`      | `check("E1.1", my_function)`: exercises that say what is wrong         |
 | top    | `preflight`   | what would stop the course on this machine, with the next step         |
 | top    | `__main__`    | the command line                                                       |
+
+The way of a record to a trained adapter and a score: `alpaca.read_records` and `check_records`,
+`Record.prompt`; `batching.encode` and `collate`; `lora.add_lora`, which puts a `LoRALinear` with a
+`LowRank` where a linear layer was; `training.finetune`, whose loop is `_train` with
+`_forward_backward`; `objective.supervised_logits`, the loss of training and of scoring;
+`peft_format.save_adapter` and `load_adapter`; `evaluation.score_answers`.
 """
 
 import logging

@@ -195,9 +195,14 @@ def read_retention(path: Path | None = None) -> list[Question]:
     return questions
 
 
-def evaluate(base: "Loaded", records: Sequence[Record], batch_size: int = 64) -> TaskScore:
+def evaluate(
+    base: "Loaded", records: Sequence[Record], batch_size: int = 64, shots: Sequence[Record] = ()
+) -> TaskScore:
     """Answer every question of the task greedily in the Alpaca template and compare with its
     record. Batched; changes nothing.
+
+    shots: records that stand answered before each question; a reply then ends at its first "}",
+        since nothing teaches the model to stop there
     """
     if not records:
         raise CourseError("there are no questions to evaluate on")
@@ -208,8 +213,10 @@ def evaluate(base: "Loaded", records: Sequence[Record], batch_size: int = 64) ->
                 "read_task(...)"
             )
     with measure(base.model.device.type) as cost:
-        prompts = [encode_prompt(record, base.tokenizer) for record in records]
+        prompts = [encode_prompt(record, base.tokenizer, shots) for record in records]
         replies = generate(base, prompts, ANSWER_TOKENS, batch_size)
+    if shots:
+        replies = ["".join(reply.partition("}")[:2]) for reply in replies]
     return TaskScore(
         [judge(record, reply) for record, reply in zip(records, replies, strict=True)], cost.seconds
     )
@@ -322,17 +329,19 @@ class Headline:
         return {"text/plain": repr(self), "text/html": table, "application/json": self.results}
 
 
-def score_answers(base: "Loaded", records: Sequence[Record], batch_size: int = 64) -> AnswerScore:
+def score_answers(
+    base: "Loaded", records: Sequence[Record], batch_size: int = 64, shots: Sequence[Record] = ()
+) -> AnswerScore:
     """Compare the model's next token with the right one at every position of every answer, EOS
     included, given the tokens before.
 
     One forward pass, and no text is generated: a greedy reply equals the answer if every one of its
-    tokens is the likeliest.
+    tokens is the likeliest. shots: as for `evaluate`.
     """
     _check_batch_size(batch_size)
     if not records:
         raise CourseError("there are no records to score")
-    examples = [encode(record, base.tokenizer) for record in records]
+    examples = [encode(record, base.tokenizer, shots) for record in records]
     tokens = (token for example in examples for token in example.input_ids)
     check_ids(tokens, base.model, base.tokenizer)
     by_length = sorted(range(len(examples)), key=lambda index: len(examples[index]))

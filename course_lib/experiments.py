@@ -87,7 +87,7 @@ class Experiment:
     base: str
     train: Sequence[Record]
     measures: Mapping[str, Measure]
-    score: Callable[["Loaded"], dict[str, float]]
+    score: Callable[..., dict[str, float]]
     steps: int
     batch_size: int
     warmup_steps: int = 0
@@ -226,9 +226,10 @@ def week_experiment() -> Experiment:
     )
     measures["retention"] = Measure("percent", len(questions))
 
-    def score(base: "Loaded") -> dict[str, float]:
-        answers = evaluation.evaluate(base, test)
-        scores = {"response loss": evaluation.score_answers(base, test).loss}
+    def score(base: "Loaded", shots: Sequence[Record] = ()) -> dict[str, float]:
+        few = 8 if shots else 64  # at a time: their prompts are long
+        answers = evaluation.evaluate(base, test, few, shots)
+        scores = {"response loss": evaluation.score_answers(base, test, few, shots).loss}
         scores |= {name: 100 * answers.rate(name.lower().replace(" ", "_")) for name in rates}
         return scores | {"retention": 100 * evaluation.evaluate_retention(base, questions).rate}
 

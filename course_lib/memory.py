@@ -1,8 +1,8 @@
 """The memory bill of training: bytes of weights, gradients and optimizer states for each parameter.
 
-Adam keeps two moments of each weight in float32. Activations depend on batch and length and come on
-top; one bill in use sets eight bytes aside for them, and `activation_bytes` counts what a forward
-pass really keeps.
+Adam keeps two moments of each weight: in torch in the format of the weight, in mixed precision in
+float32. Activations depend on batch and length and come on top; one bill in use sets eight bytes
+aside for them, and `activation_bytes` counts what a forward pass really keeps.
 """
 
 from collections.abc import Callable
@@ -35,6 +35,11 @@ class Bill:
 
 
 BILLS = {
+    "all bf16": Bill(
+        about="everything in bf16, the moments too",
+        source="torch.optim.AdamW on bf16 weights",
+        weights=2, gradients=2, moments=4,
+    ),
     "bf16": Bill(
         about="bf16 weights and gradients, float32 moments, no master copy",
         source="the 783 GB for 65B in QLoRA, arXiv 2305.14314, section 1",

@@ -68,9 +68,16 @@ class AdapterFile:
         return list(found)
 
 
-def save_adapter(model: nn.Module, folder: Path | str, name: str = "default") -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: Path | str,
+    name: str = "default",
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write the adapter `name` of `model`, and what trains beside its matrices, whole or not at
     all; an adapter that lies in `folder` is replaced.
+
+    dtype: of the matrices in the file; float16 halves it
 
     Raises CourseError if `folder` holds anything else, or cannot be written, for an adapter whose
     layers differ in rank or alpha, since the format keeps one number of each, for weights that are
@@ -80,7 +87,7 @@ def save_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
     layers = lora_layers(model, name)
     _check_equal_sizes(layers, name)
     tensors = {
-        f"{PREFIX}{path}.lora_{letter}.weight": getattr(layer.adapters[name], letter)
+        f"{PREFIX}{path}.lora_{letter}.weight": getattr(layer.adapters[name], letter).to(dtype)
         for path, layer in layers.items()
         for letter in "AB"
     }
@@ -95,7 +102,7 @@ def save_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
     settings["trainable_token_indices"] = {module: ids for module, (ids, _) in rows.items()} or None
     for key, value in tensors.items():
         if not value.isfinite().all():
-            advice = "train again at a lower learning rate"
+            advice = "train again at a lower learning rate, or save it as float32"
             raise CourseError(
                 f"{key.removeprefix(PREFIX)} is not finite, so it is of no use: {advice}"
             )

@@ -3,9 +3,8 @@
     batch -> forward -> loss -> backward -> clip -> step -> and again
 
 What `finetune` adds to the loop of a textbook: micro-batches, fewer examples at a time where memory
-does not suffice, fp16 with a loss scale, several processes, checkpoints (in `checkpoints`), and a
-stop with advice before a loss that is not finite can spoil the weights. Two seams change what is
-trained: `loss` and `after_step`.
+does not suffice, fp16 with a loss scale, processes, checkpoints, and a stop before a loss that is
+not finite spoils the weights. Two seams change what is trained: `loss` and `after_step`.
 """
 
 import math

@@ -77,6 +77,20 @@ def test_the_perfect_model_scores_full_and_the_mute_one_nothing(tiny, monkeypatc
     assert evaluation.evaluate(tiny, records).rate("valid_json") == 0
 
 
+def test_after_examples_in_the_prompt_a_reply_ends_at_its_first_brace(tiny, monkeypatch):
+    shots, records = evaluation.read_task("train")[:2], evaluation.read_task("test")[:10]
+    by_prompt = {
+        tuple(evaluation.encode_prompt(record, tiny.tokenizer, shots)): record.output
+        for record in records
+    }
+    monkeypatch.setattr(
+        evaluation,
+        "generate",
+        lambda base, prompts, *_: [by_prompt[tuple(prompt)] + "\n\n{" for prompt in prompts],
+    )
+    assert evaluation.evaluate(tiny, records, shots=shots).rate("right_answer") == 1
+
+
 def test_retention_counts_json_wrapped_replies_apart(tiny, monkeypatch):
     questions = [
         Question("Who?", ("ada",)),

@@ -25,7 +25,7 @@ def test_a_billion_parameters_take_24_gb_and_not_80():
 
 
 def test_an_unknown_bill_lists_the_known_ones():
-    with pytest.raises(CourseError, match="'fp8' is not known, expected one of bf16, fp32"):
+    with pytest.raises(CourseError, match="'fp8' is not known, expected one of all bf16, bf16"):
         training_bytes(1, "fp8")
 
 

@@ -2,6 +2,8 @@
 links lead somewhere.
 """
 
+import importlib
+import operator
 import re
 import subprocess
 import sys
@@ -143,3 +145,19 @@ def test_the_package_table_names_every_module():
 def test_every_module_has_its_test_file():
     for module in MODULES:
         assert (ROOT / "tests" / f"test_{module.strip('_')}.py").is_file(), module
+
+
+def test_the_way_of_a_record_names_functions_that_exist_and_not_many():
+    import course_lib
+
+    way = course_lib.__doc__.partition("The way of a record")[2]
+    names = re.findall(r"`([\w.]+)`", way)
+    module, found = None, []
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        if owner and owner.islower():
+            module = importlib.import_module(f"course_lib.{owner}")
+            found.append(getattr(module, last))
+        else:
+            found.append(operator.attrgetter(name)(module))
+    assert len(found) <= 15

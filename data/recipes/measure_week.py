@@ -7,9 +7,22 @@ Writes data/measured/week.json. Learning rates were chosen on the validation spl
 docs/decisions.md.
 """
 
+import random
+from dataclasses import replace
+
 from recording import record
 
-from course_lib.experiments import Method, Sweep, adapted, compare, last_blocks, week_experiment
+from course_lib import models
+from course_lib.evaluation import read_task
+from course_lib.experiments import (
+    Method,
+    Outcome,
+    Sweep,
+    adapted,
+    compare,
+    last_blocks,
+    week_experiment,
+)
 from course_lib.runtime import Machine
 from course_lib.surgery import ALL_LINEAR
 
@@ -30,7 +43,20 @@ def week(machine: Machine) -> Sweep:
             )
         ),
     ]
-    return compare(methods, week_experiment(), machine)
+    trained = compare(methods, week_experiment(), machine)
+    first, *others = trained.outcomes
+    return replace(trained, outcomes=[first, *prompted(machine), *others])
+
+
+def prompted(machine: Machine) -> list[Outcome]:
+    """Ten examples of the training split in the prompt and no training; a seed is another draw."""
+    base, train = models.load("smollm2-135m", machine), read_task("train")
+    outcomes = []
+    for seed in (0, 1):
+        shots = random.Random(seed).sample(train, 10)
+        scores = week_experiment().score(base, shots)
+        outcomes.append(Outcome("ten examples in the prompt", {}, seed, 0, scores))
+    return outcomes
 
 
 RECIPES = (week,)

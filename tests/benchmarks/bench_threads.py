@@ -36,7 +36,7 @@ WORK = """
 import json, sys
 from time import perf_counter
 import torch
-from course_lib import batching, evaluation, experiments, models, objective, runtime
+from course_lib import batching, evaluation, models, objective, runtime, world
 
 name, repeats = sys.argv[1], int(sys.argv[2])
 base = models.load(name, runtime.detect())

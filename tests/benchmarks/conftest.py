@@ -93,7 +93,8 @@ def pytest_terminal_summary(
         )
         stamp = f"*Measured {datetime.date.today()}: {config.stash[MACHINE]}. {versions}.*"
         measured_now = {
-            title: "\n".join([lines[0], "", stamp, *lines[1:]]) for title, lines in sections.items()
+            title: "\n".join([lines[0], "", stamp, *lines[1:]]).rstrip() + "\n"
+            for title, lines in sections.items()
         }
         parts = kept_sections(target) | measured_now
         target.write_text(
@@ -108,7 +109,7 @@ def kept_sections(target: Path) -> dict[str, str]:
     """The sections of an earlier run by title; a run of single files replaces only theirs."""
     text = target.read_text(encoding="utf-8") if target.exists() else ""
     return {
-        part.partition("\n")[0]: f"## {part}"
+        part.partition("\n")[0]: f"## {part.rstrip()}\n"
         for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]
     }
 

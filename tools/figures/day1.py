@@ -331,11 +331,13 @@ def stated(notebook: Notebook) -> Statements:
     (test,) = found(notebook, "things = {}", r"test (\d+) questions")
     assert int(wrapped) == 0, "the slide says that none was wrapped in JSON"
     template = Record("Give the capital of this country.", "Copenhagen", input="Denmark").prompt
-    alpacas_steps = -(-ALPACA_RECORDS // ALPACA_BATCH) * ALPACA_EPOCHS
+    alpacas_steps = round(ALPACA_EPOCHS * ALPACA_RECORDS / ALPACA_BATCH)
     return {
         "A model is a distribution": [f'each of {vocabulary} tokens; " blue" has rank {rank}'],
         "A template turns": [template],
-        "The same recipe at two sizes": [f"| optimizer steps | {alpacas_steps:,} | {steps} |"],
+        "The same recipe at two sizes": [
+            f"| optimizer steps | about {alpacas_steps:,} | {steps} |"
+        ],
         "Only the answer": [f"{trained} of {tokens} tokens"],
         "The loss: mean": [f"between {perplexity} tokens"],
         "Only supervised positions": [
