@@ -59,12 +59,13 @@ figures: setup  ## redraw the slides' figures and the table of the week from the
 slides: node_modules/.package-lock.json chrome  ## HTML and PDF of the decks, with notes, in build/slides (needs Node and Chromium)
 	@rm -rf build/slides && mkdir -p build/slides && cp -R slides/figures build/slides/
 	@for deck in slides/day*.md; do name=build/slides/$$(basename $$deck .md); \
-		$(MARP) $$deck --theme-set slides/theme.css -o $$name.html || exit 1; \
-		CHROME_PATH="$(CHROME_PATH)" $(MARP) $$deck --theme-set slides/theme.css --pdf --pdf-notes --allow-local-files --browser chrome -o $$name.pdf || exit 1; \
+		$(MARP) $$deck --html --theme-set slides/theme.css -o $$name.html || exit 1; \
+		CHROME_PATH="$(CHROME_PATH)" $(MARP) $$deck --html --theme-set slides/theme.css --pdf --pdf-notes --allow-local-files --browser chrome -o $$name.pdf || exit 1; \
 	done
 
 test-slides: slides  ## open every slide in Chromium: nothing overflows, is missing, shows raw TeX or asks the network
 	@CHROME_PATH="$(CHROME_PATH)" node slides/test_slides.mjs build/slides/day*.html
+	@CHROME_PATH="$(CHROME_PATH)" node slides/test_explorables.mjs $$(grep -l '<iframe' build/slides/day*.html; grep -ls attachShadow build/course/*.html)
 
 lint: setup  ## ruff over code and notebooks
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -25,7 +25,8 @@ Arrows point one way, from top to leaf. Importing `course_lib` imports nothing h
 | upper  | `fusion`      | several LoRA jobs trained in one batch                                 |
 | upper  | `evaluation`  | `evaluate()`: valid JSON, right topic, exact match, retention          |
 | upper  | `experiments` | methods over seeds in one table: a day's sweeps, the table of the week |
-| top    | `checks`      | `check("E1.1", my_function)`: exercises that say what is wrong         |
+| top    | `explorables` | small interactive figures that need no kernel and no network           |
+| top    | `checks`      | `use("E1.1", my_function)`: exercises that say what is wrong           |
 | top    | `preflight`   | what would stop the course on this machine, with the next step         |
 | top    | `__main__`    | the command line                                                       |
 

@@ -190,7 +190,7 @@ def check_records(rows: Iterable[Any], source: str, extra: Sequence[str] = ()) -
             refused.append(f"{source}, record {number}: {reason}: {details}")
     if not records:
         raise DataError(
-            f"{refused[0]}; no record can be used"
+            f"{refused[0]}; no record can be used{_converting(rows)}"
             if refused
             else f"{source} holds no records, expected {EXPECTED}"
         )
@@ -317,6 +317,20 @@ def rouge_scorer() -> Any:
         tokenize = staticmethod(words)
 
     return RougeScorer(["rougeL"], tokenizer=Words())
+
+
+def _converting(rows: Any) -> str:
+    """How rows of a form that others use become records; "" for any other."""
+    row = next(iter(rows), None)
+    known = {
+        "messages": "take the user's turn as instruction and the assistant's as output",
+        "conversations": "take the human's turn as instruction and the model's as output",
+        "prompt": "call prompt instruction, and completion or response output",
+        "question": "call question instruction, and answer output",
+        "response": "call response output, and context input",
+    }
+    advice = (advice for name, advice in known.items() if isinstance(row, dict) and name in row)
+    return "".join(f": {one}" for one in [next(advice, "")] if one)
 
 
 def _problem(row: Any, extra: Sequence[str]) -> tuple[str, str] | None:

@@ -217,6 +217,9 @@ def check_examples(
         raise CourseError("there are no examples to train on")
     longest = most_positions(model)
     for number, example in enumerate(examples, start=1):
+        if not isinstance(example, Example):
+            found = f"example {number} is a {type(example).__name__}"
+            raise CourseError(f"{found}: encode it first, with encode_records(...).examples")
         if len(example.input_ids) != len(example.labels):
             raise CourseError(
                 f"example {number} has {len(example.input_ids)} ids and {len(example.labels)} "

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 TASK_FILE = "structured_answers.json"
 TASK_FIELDS = ("split", "topic", "entity", "phrasing")
-RETENTION_FILE = "retention.json"
+RETENTION_FILE, CANDIDATES_FILE = "retention.json", "recipes/retention_candidates.json"
 ANSWER_TOKENS = 20  # the longest right answer of the task takes 17 tokens of SmolLM2, EOS included
 REPLY_TOKENS = 20  # a plain question is answered in the first sentence or not at all
 
@@ -195,6 +195,15 @@ def read_retention(path: Path | None = None) -> list[Question]:
     return questions
 
 
+def read_unknown() -> list[Question]:
+    """The questions that were tried for `read_retention` and that the untouched model did not
+    answer: here answers can be gained, and there lost.
+    """
+    known = {question.question for question in read_retention()}
+    tried = read_retention(data_folder() / CANDIDATES_FILE)
+    return [question for question in tried if question.question not in known]
+
+
 def evaluate(
     base: "Loaded", records: Sequence[Record], batch_size: int = 64, shots: Sequence[Record] = ()
 ) -> TaskScore:
@@ -289,7 +298,7 @@ class Headline:
     slides and the tests read.
 
     results: measure -> {"before": number, "after": number, "unit": "percent" or another,
-        "questions": how many a percentage is of}
+        "questions": how many a percentage is of, "guess": what the reader expected}
 
     >>> topic = {"before": 0.0, "after": 93.0, "unit": "percent", "questions": 100}
     >>> Headline({"right topic": topic})
@@ -297,7 +306,10 @@ class Headline:
     """
 
     def __init__(self, results: Mapping[str, Mapping[str, Any]]):
-        self.results = {measure: dict(result) for measure, result in results.items()}
+        self.results = {
+            measure: {key: value for key, value in result.items() if value is not None}
+            for measure, result in results.items()
+        }
 
     def __repr__(self) -> str:
         return "\n".join(
@@ -318,10 +330,12 @@ class Headline:
                 else f"{value:,} {result['unit']}"
             )
 
-        rows = self.results.items()
+        guessed = any(result.get("guess") is not None for result in self.results.values())
         return [
-            {"": name, "before": shown(result, "before"), "after": shown(result, "after")}
-            for name, result in rows
+            {"": name, "before": shown(result, "before")}
+            | ({"your guess": str(result.get("guess", ""))} if guessed else {})
+            | {"after": shown(result, "after")}
+            for name, result in self.results.items()
         ]
 
     def _repr_mimebundle_(self, **unused: Any) -> dict[str, Any]:

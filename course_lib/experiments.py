@@ -216,22 +216,27 @@ def world_experiment(
 
 
 def week_experiment() -> Experiment:
-    """The task of the week on the small model, with Day 1's recipe: the whole test split, and what
-    is retained.
+    """The task of the week on the small model, with Day 1's recipe: the whole test split, and of
+    plain questions the share that is retained of those that the untouched model answers, and
+    gained of the others.
     """
-    test, questions = evaluation.read_task("test"), evaluation.read_retention()
+    test = evaluation.read_task("test")
+    plain = {"retention": evaluation.read_retention(), "gained": evaluation.read_unknown()}
     rates = ("valid JSON", "right topic", "right answer")
     measures = {"response loss": Measure("nats")} | dict.fromkeys(
         rates, Measure("percent", len(test))
     )
-    measures["retention"] = Measure("percent", len(questions))
+    for name, questions in plain.items():
+        measures[name] = Measure("percent", len(questions))
 
     def score(base: "Loaded", shots: Sequence[Record] = ()) -> dict[str, float]:
         few = 8 if shots else 64  # at a time: their prompts are long
         answers = evaluation.evaluate(base, test, few, shots)
         scores = {"response loss": evaluation.score_answers(base, test, few, shots).loss}
         scores |= {name: 100 * answers.rate(name.lower().replace(" ", "_")) for name in rates}
-        return scores | {"retention": 100 * evaluation.evaluate_retention(base, questions).rate}
+        for name, questions in plain.items():
+            scores[name] = 100 * evaluation.evaluate_retention(base, questions).rate
+        return scores
 
     return Experiment(
         "smollm2-135m",

@@ -65,8 +65,11 @@ def read_rows(path: Path, expected: str) -> list[Any]:
     if isinstance(rows, dict):
         keys = ", ".join(json.dumps(key[:40]) for key in list(rows)[:5]) or "nothing"
         lists = [json.dumps(key[:40]) for key, value in rows.items() if isinstance(value, list)]
+        columns = len(lists) == len(rows) > 1
         advice = f": save the list under {lists[0]} alone" if lists else ""
         found = f"an object with the keys {keys}"
+        if columns:  # as pandas writes a table
+            found, advice = f"columns ({keys})", ': save it with orient="records"'
         raise DataError(f"{path.name} holds {found}, expected {expected}{advice}")
     if not isinstance(rows, list):
         raise DataError(f"{path.name} holds {kind(rows)}, expected {expected}")
@@ -115,6 +118,12 @@ def _read_text(path: Path, expected: str) -> str:
     if text.lstrip()[:1] == "<":
         advice = "download the raw file, not the page that shows it"
         raise DataError(f"{name} is a web page (HTML), expected JSON: {advice}")
+    head = text.lstrip().partition("\n")[0]
+    if head[:1] not in ("[", "{") and ("," in head or "\t" in head):
+        advice = (
+            'convert it, such as with pandas.read_csv(...).to_json("new.json", orient="records")'
+        )
+        raise DataError(f"{name} looks like a table (CSV), expected {expected}: {advice}")
     return text
 
 
@@ -179,6 +188,8 @@ def _not_json(name: str, text: str, error: json.JSONDecodeError) -> str:
             if isinstance(_value(first), dict)
             else "; there are several values: put them into one list, [..., ...]"
         )
+    if text[: error.pos].rstrip().endswith(",") and text[error.pos] in "]}":
+        hint = "; take away the comma before it"
     return f"{place}, column {error.colno}: not JSON ({error.msg}), found {found}{hint}"
 
 

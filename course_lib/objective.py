@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from course_lib.batching import IGNORED
-from course_lib.runtime import CourseError
+from course_lib.runtime import CourseError, TrainingError
 
 Batch = dict[str, Tensor]
 
@@ -58,3 +58,15 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     `batch`.
     """
     return supervised_loss(model, batch, reduction="sum")
+
+
+def checked_sum(loss: Tensor) -> Tensor:
+    """`loss`, if training can go back from it. Raises TrainingError, which says why not."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        advice = "a tensor of one number, the sum over the supervised tokens of the batch"
+        raise TrainingError(f"found a loss {found}, expected {advice}")
+    if not loss.requires_grad:
+        found = "the loss depends on no weight that trains"
+        raise TrainingError(f"{found}: choose an adapter with use_adapters")
+    return loss

@@ -36,6 +36,10 @@ class CourseError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+class TrainingError(CourseError):
+    """Training cannot start or go on; the message says what to change. Checkpoints stay."""
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

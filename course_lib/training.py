@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from course_lib import checkpoints
 from course_lib.batching import IGNORED, Example, check_examples, collate, training_order
-from course_lib.objective import Batch, summed_loss
-from course_lib.runtime import CourseError, Machine, first_line, measure, seed_everything
+from course_lib.objective import Batch, checked_sum, summed_loss
+from course_lib.runtime import Machine, TrainingError, first_line, measure, seed_everything
 
 if TYPE_CHECKING:
     from course_lib.models import Loaded
@@ -38,10 +38,6 @@ SKIPS_IN_A_ROW = 3  # steps with fp16 gradients that overflow
 Loss = Callable[[nn.Module, Batch], Tensor]
 AfterStep = Callable[[nn.Module, int], None]
 Say = Callable[[str], None]
-
-
-class TrainingError(CourseError):
-    """Training cannot start or go on; the message says what to change. Checkpoints stay."""
 
 
 @dataclass(frozen=True)
@@ -280,10 +276,7 @@ def _forward_backward(
     for part in parts:
         inputs = {name: tensor.to(device) for name, tensor in collate(part, pad_id).items()}
         with autocast:
-            part_loss = loss(model, inputs) / tokens
-        if not part_loss.requires_grad:
-            found = "the loss depends on no weight that trains"
-            raise TrainingError(f"{found}: choose an adapter with use_adapters")
+            part_loss = checked_sum(loss(model, inputs)) / tokens
         meet = processes == 1 or part is parts[-1]  # gradients of processes meet once a step,
         with nullcontext() if meet else model.no_sync():  # as their mean, and shall be a sum
             scaler.scale(part_loss * processes).backward()

@@ -359,3 +359,18 @@ def test_a_missing_input_is_read_alike_by_every_reader(tmp_path, hub_data):
             Record("Add.", "2", "b a"),
         ]
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"messages": [{"role": "user", "content": "Hi"}]}, "the user's turn as instruction"),
+        ({"conversations": []}, "the human's turn as instruction"),
+        ({"prompt": "Add.", "completion": "2"}, "call prompt instruction"),
+        ({"question": "2 + 2?", "answer": "4"}, "call question instruction"),
+        ({"instruction": "Add.", "response": "2"}, "call response output"),
+    ],
+)
+def test_records_of_another_form_are_refused_with_the_way_out(row, advice):
+    with pytest.raises(DataError, match=f"no record can be used: .*{advice}"):
+        check_records([row], "data")

@@ -324,3 +324,8 @@ def test_packed_batches_of_every_family_are_equal_to_padded_ones_or_refused(fami
                 place = slice(start, start + len(example))
                 torch.testing.assert_close(logits[index, place], alone, atol=1e-5, rtol=0)
                 start += len(example)
+
+
+def test_records_that_were_not_encoded_are_named(tiny, records):
+    with pytest.raises(CourseError, match="example 1 is a Record: encode it first"):
+        batching.check_examples(records, tiny.model, tiny.tokenizer)

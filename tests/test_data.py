@@ -484,12 +484,13 @@ def test_the_tables_of_the_datasheets_are_those_of_the_measured_sweeps():
 
 
 def test_the_table_of_the_week_has_three_seeds_a_method_and_begins_untouched():
-    untouched, *trained = experiments.read("week").by_label().values()
-    assert (len(untouched), {len(runs) for runs in trained}) == (1, {3})
+    untouched, prompted, *trained = experiments.read("week").by_label().values()
+    assert (len(untouched), len(prompted), {len(runs) for runs in trained}) == (1, 2, {3})
     assert untouched[0].scores["valid JSON"] == 0
-    assert untouched[0].scores["retention"] == 100, (
-        "retention asks what the untouched model answers"
-    )
+    for run in (untouched[0], *prompted):  # of the same weights
+        assert (run.scores["retention"], run.scores["gained"]) == (100, 0), (
+            "retention asks what the untouched model answers, gained what it does not"
+        )
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 
 from course_lib import checks
 from course_lib.checks import diagnosis
+from tools import notebooks
 
 DAYS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -57,16 +58,17 @@ def cells_of(path):
 
 
 def exercises_of(path):
+    """A core exercise has `checks.use` below its stub, another one a cell with `checks.check`."""
     cells = cells_of(path)
     for i, cell in enumerate(cells):
-        match = re.fullmatch(r'checks\.check\("(E\d\.\d+)", (\w+)\)', cell.source)
+        match = re.search(
+            r'^(?:\w+ = checks\.use|checks\.check)\("(E\d\.\d+)", (\w+)\)$', cell.source, re.M
+        )
         if cell.cell_type == "code" and match:
-            yield (
-                match[1],
-                InNotebook(
-                    path, match[2], cells[i - 2].source, cells[i - 1].source, cells[i + 1].source
-                ),
-            )
+            stub = cell.source[: match.start()].strip()
+            label = cells[i - 1 if stub else i - 2].source
+            stub = stub or cells[i - 1].source
+            yield match[1], InNotebook(path, match[2], label, stub, cells[i + 1].source)
 
 
 EXERCISES = {name: exercise for path in DAYS for name, exercise in exercises_of(path)}
@@ -80,7 +82,8 @@ def test_notebooks_and_checks_hold_the_same_exercises():
 def test_an_exercise_has_its_label_hints_and_a_folded_solution(name):
     exercise = EXERCISES[name]
     label = (
-        rf"\*\*Exercise {re.escape(name)}\*\* · \d+ minutes · difficulty [●○]{{3}} · "
+        rf"\*\*Exercise {re.escape(name)}\*\* · (core · |optional · )?\d+ minutes · "
+        r"difficulty [●○]{3} · "
         r"(about )?\d+ lines?\n\n"
     )
     assert re.match(label, exercise.label)
@@ -94,10 +97,13 @@ def test_an_exercise_has_its_label_hints_and_a_folded_solution(name):
 
 @pytest.mark.parametrize("path", DAYS, ids=lambda path: path.stem)
 def test_the_head_of_a_day_counts_the_minutes_of_its_exercises(path):
-    minutes = sum(
-        int(re.search(r"(\d+) minutes", exercise.label)[1]) for _, exercise in exercises_of(path)
-    )
-    assert f"exercises take another {minutes}" in cells_of(path)[0].source
+    minutes = {"core": 0, "other": 0}
+    for _, exercise in exercises_of(path):
+        kind = "core" if " · core · " in exercise.label else "other"
+        minutes[kind] += int(re.search(r"(\d+) minutes", exercise.label)[1])
+    head = cells_of(path)[0].source
+    assert f"exercises take another {minutes['other']}" in head
+    assert not minutes["core"] or f"core exercises ({minutes['core']} minutes)" in head
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -110,8 +116,9 @@ def test_the_solution_passes_and_the_stub_is_not_done_yet(name):
 # Mutants that compute the same as the solution, and why: numbers may be added, and the larger
 # taken, in any order.
 EQUIVALENT = {
-    "E1.1": {"i + n -> n + i"},
-    "E1.2": {
+    "E1.4": {"0 -> -1"},  # of one group of weights
+    "E1.5": {"i + n -> n + i"},
+    "E1.6": {
         "len(second) + 1 -> 1 + len(second)",
         "above[j] + 1 -> 1 + above[j]",
         "j + 1 -> 1 + j",
@@ -122,8 +129,8 @@ EQUIVALENT = {
         # same
         "1 -> 2",
     },
-    "E1.6": {"sum(row) + length -> length + sum(row)"},
-    "E1.9": {
+    "E1.8": {"sum(row) + length -> length + sum(row)"},
+    "E1.10": {
         "weights_and_gradients + moments -> moments + weights_and_gradients",
         "weights_and_gradients + moments + (4 if master_copy else 0) -> "
         "(4 if master_copy else 0) + (weights_and_gradients + moments)",
@@ -282,3 +289,33 @@ def test_each_quiz_question_has_one_right_answer_and_explains_all_four(path):
         assert "Right" not in asked
     assert len(right) == 5
     assert len(set(right)) >= 3, "the right answer stands at the same place too often"
+
+
+def texts(cell):
+    """What a cell printed and showed, without pictures."""
+    shown = [
+        output.get("text") or output.get("data", {}).get("text/html") for output in cell.outputs
+    ]
+    return "".join(filter(None, shown))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", DAYS, ids=lambda path: path.stem)
+def test_with_every_stub_solved_a_day_prints_the_same(path, tmp_path):
+    committed, solved = nbformat.read(path, as_version=4), nbformat.read(path, as_version=4)
+    for _, exercise in exercises_of(path):
+        for cell in solved.cells:
+            cell.source = cell.source.replace(exercise.stub, exercise.solution.strip())
+    nbformat.write(solved, tmp_path / path.name)
+    execution = notebooks.execute(tmp_path / path.name)
+    assert execution.failure == ""
+    printed = "\n".join(map(texts, filter(is_code, execution.notebook.cells)))
+    assert printed.count("passed") == len([*exercises_of(path)])
+    for before, after in zip(committed.cells, execution.notebook.cells, strict=True):
+        tagged = "nbval-ignore-output" in before.metadata.get("tags", [])
+        if is_code(before) and not tagged and "checks." not in before.source:
+            assert texts(after) == texts(before), before.source
+
+
+def is_code(cell):
+    return cell.cell_type == "code"

@@ -100,3 +100,16 @@ def test_the_place_of_what_python_would_let_pass_is_named(tmp_path, bad, said):
     assert message.startswith(f"data.json, record 3, from line 4 on: {said}")
     message = refusal(tmp_path, f"{LINE}\n\n{bad}\n", "data.jsonl")
     assert message.startswith(f"data.jsonl, line 3: {said}")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("instruction,input,output\nAdd,1,2\n", "looks like a table (CSV)"),
+        ("instruction\toutput\nAdd\t2\n", "looks like a table (CSV)"),
+        ('{"instruction": ["Add."], "output": ["2"]}', 'save it with orient="records"'),
+        (f"[{LINE},]", "take away the comma before it"),
+    ],
+)
+def test_what_other_programs_write_is_named_with_the_way_out(tmp_path, content, said):
+    assert said in refusal(tmp_path, content)

@@ -1,6 +1,5 @@
 """Tests of tools.notebooks and of the notebooks' form; nbval checks what they print."""
 
-import ast
 import json
 import os
 import re
@@ -185,43 +184,49 @@ def test_a_day_reads_as_a_lesson(day):
         "more than three code cells in a row"
     )
     for cell in day.cells:
+        assert len(cell.source) > 12
         if cell.cell_type == "code":
             assert len(cell.source.splitlines()) <= 20, cell.source
-            classes = [
-                node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.ClassDef)
-            ]
-            assert all(node.end_lineno - node.lineno < 12 for node in classes), (
-                "longer classes belong in course_lib"
-            )
-        else:
-            assert len(cell.source) > 20
 
 
-LAST_HEADINGS = [
-    "## Myth check",
-    "## What we know now",
-    "## Limits",
-    "## On a T4",
-    "## Quiz",
-    "## References",
-]
+def main_road(day):
+    """The cells before the optional sections."""
+    ends = [i for i, cell in enumerate(day.cells) if cell.source.startswith("## Optional sections")]
+    return day.cells[: ends[0] if ends else None]
 
 
-def headings(notebook):
+# of the second pattern: the days whose core exercises are used
+BUILT = [path for path in DAYS if "checks.use(" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", BUILT, ids=lambda path: path.stem)
+def test_a_day_shows_its_effect_first_and_its_main_road_is_short(path):
+    road = main_road(nbformat.read(path, as_version=4))
+    code = [cell for cell in road if cell.cell_type == "code"]
+    (settings,) = (i for i, cell in enumerate(code) if "runtime.detect()" in cell.source)
+    effect = next(i for i, cell in enumerate(code) if '"before"' in cell.source)
+    assert effect <= settings + 2
+    assert len(road) <= 90
+    assert sum("checks.use(" in cell.source for cell in code) in (3, 4, 5)
+
+
+TEMPLATE_END = ["## What we know now", "## Limits", "## On a T4", "## Quiz", "## References"]
+
+
+def headings(cells):
     return [
         line
-        for cell in notebook.cells
+        for cell in cells
         if cell.cell_type == "markdown"
         for line in cell.source.splitlines()
         if line[:3] == "## "
     ]
 
 
-def test_a_day_has_the_headings_of_the_template(day):
+def test_a_day_ends_with_the_headings_of_the_template(day):
     template = nbformat.read(ROOT / "docs" / "template_day.ipynb", as_version=4)
     for notebook in (template, day):
-        assert headings(notebook)[0] == "## The idea in five lines"
-        assert headings(notebook)[-len(LAST_HEADINGS) :] == LAST_HEADINGS
+        assert headings(main_road(notebook))[-len(TEMPLATE_END) :] == TEMPLATE_END
 
 
 @pytest.fixture
@@ -253,7 +258,9 @@ def test_a_day_has_a_headline_and_runs_in_colab(day):
     assert day.metadata["accelerator"] == "GPU"
     assert day.metadata["colab"]["gpuType"] == "T4"
     install = [
-        cell.source for cell in day.cells if "pip" in cell.source and cell.cell_type == "code"
+        cell.source
+        for cell in day.cells
+        if '"-m", "pip"' in cell.source and cell.cell_type == "code"
     ]
     assert len(install) == 1
     assert '"--no-deps"' in install[0]

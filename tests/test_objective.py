@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from course_lib.batching import IGNORED, Example, collate, encode
-from course_lib.objective import supervised_loss
-from course_lib.runtime import CourseError
+from course_lib.objective import checked_sum, supervised_loss
+from course_lib.runtime import CourseError, TrainingError
 from tests.fixtures.rows import first_fast
 
 
@@ -64,3 +64,22 @@ def test_a_batch_without_supervised_tokens_is_refused(tiny):
     batch = collate([Example([5, 6, 7], [IGNORED] * 3)], pad_id=2)
     with pytest.raises(CourseError, match="no supervised token"):
         supervised_loss(tiny.model, batch)
+
+
+@pytest.mark.parametrize(
+    ("loss", "found"),
+    [
+        (3.0, "found a loss float"),
+        (None, "found a loss NoneType"),
+        (torch.ones(2, requires_grad=True), r"found a loss of shape \(2,\)"),
+        (torch.ones(()), "depends on no weight that trains"),
+    ],
+)
+def test_what_no_training_can_go_back_from_is_refused(loss, found):
+    with pytest.raises(TrainingError, match=found):
+        checked_sum(loss)
+
+
+def test_a_loss_of_one_number_goes_through():
+    loss = torch.ones(1, requires_grad=True)
+    assert checked_sum(loss) is loss

@@ -1,7 +1,7 @@
 """Exercises that answer back.
 
-    my_labels = checks.use("E1.4", my_labels)  # yours if it passes, or else the reference
-    checks.check("E1.8", my_perplexity)  # prints "E1.8 passed", or what is wrong
+    my_labels = checks.use("E1.1", my_labels)  # yours if it passes, or else the reference
+    checks.check("E1.9", my_perplexity)  # prints "E1.9 passed", or what is wrong
 
 An exercise is data: a reference, cases, and known mistakes, each a wrong function and its sentence.
 Where the learner's result equals that of a wrong function, its sentence is printed; the tests walk
@@ -61,6 +61,8 @@ class Exercise:
     mistakes: what each is, in one sentence, and a wrong function that makes it; see `known`
     facts: the arguments -> more fields for the sentences
     otherwise: what to say of a wrong result that no known mistake gives; "" names the difference
+    ask: (function, *arguments of a case) -> the result, for a function that changes what it is
+        given; its docstring says what it does
     """
 
     reference: Function
@@ -68,6 +70,28 @@ class Exercise:
     mistakes: Mapping[str, Function]
     facts: Callable[..., dict[str, Any]] = lambda *arguments: {}
     otherwise: str = ""
+    ask: Callable[..., Any] | None = None
+
+    def result(self, function: Function, arguments: tuple) -> Any:
+        """What `function` gives for a case; what it prints is dropped."""
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            return self.ask(function, *arguments) if self.ask else function(*arguments)
+
+    @property
+    def parameters(self) -> list[str]:
+        """What the learner's function takes."""
+        return _required(self.reference)
+
+    @property
+    def fields(self) -> list[str]:
+        """What the arguments of a case are called."""
+        return _required(self.ask)[1:] if self.ask else self.parameters
+
+
+def _required(function: Function) -> list[str]:
+    """The names of the parameters without a default."""
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.default is parameter.empty]
 
 
 class _TooSlowError(BaseException):
@@ -82,8 +106,8 @@ def known(*alternating: Any) -> dict[str, Function]:
 def check(name: str, function: Function) -> None:
     """Print whether `function` solves exercise `name`. Raises CourseError for an unknown name.
 
-    >>> check("E1.8", lambda losses: 1.0)  # doctest: +ELLIPSIS
-    E1.8 not right yet: ...
+    >>> check("E1.9", lambda losses: 1.0)  # doctest: +ELLIPSIS
+    E1.9 not right yet: ...
     """
     print(name, diagnosis(name, function) or say("passed"))
 
@@ -91,8 +115,8 @@ def check(name: str, function: Function) -> None:
 def use(name: str, function: Function) -> Function:
     """`function` if it solves exercise `name`, otherwise the reference; says which, and why.
 
-    >>> use("E1.8", lambda losses: 1.0)([[1.0, 3.0]])  # doctest: +ELLIPSIS
-    E1.8 not right yet: ...
+    >>> use("E1.9", lambda losses: 1.0)([[1.0, 3.0]])  # doctest: +ELLIPSIS
+    E1.9 not right yet: ...
     7.38905609893065
     """
     problem = diagnosis(name, function)
@@ -145,7 +169,12 @@ def sentences() -> list[str]:
     own = [call.args[0] for call in calls if getattr(call.func, "id", "") == "say"]
     found = [*KINDS, *(argument.value for argument in own if isinstance(argument, ast.Constant))]
     for exercise in exercises().values():
-        found += [*exercise.mistakes, exercise.otherwise]
+        asked = inspect.getdoc(exercise.ask) if exercise.ask else ""
+        found += [
+            *exercise.mistakes,
+            exercise.otherwise,
+            asked.partition("\n\n")[0].replace("\n", " "),
+        ]
     return list(filter(None, dict.fromkeys(found)))
 
 
@@ -177,16 +206,15 @@ def diagnosis(name: str, function: Function) -> str | None:
 
 
 def _problem(exercise: Exercise, function: Function) -> str | None:
-    parameters = inspect.signature(exercise.reference).parameters.values()
-    names = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    if not _accepts(function, exercise.parameters):
+        names = ", ".join(exercise.parameters)
+        return say("your function must take these arguments: {names}", names=names)
+    names = exercise.fields
     for arguments in exercise.cases:
-        if not _accepts(function, arguments):
-            return say("your function must take these arguments: {names}", names=", ".join(names))
         given = copy.deepcopy(arguments)
-        name = getattr(function, "__name__", "your function")
-        call = f"  {name}({', '.join(map(_show, arguments))})"
+        call = _call(exercise, getattr(function, "__name__", "your function"), arguments)
         try:
-            result = _silently(function, given)
+            result = exercise.result(function, given)
         except (KeyboardInterrupt, _TooSlowError):
             raise
         except BaseException as error:  # SystemExit too
@@ -202,7 +230,7 @@ def _problem(exercise: Exercise, function: Function) -> str | None:
                     "first",
                     name=name,
                 )
-        expected = plain(exercise.reference(*copy.deepcopy(arguments)))
+        expected = plain(exercise.result(exercise.reference, copy.deepcopy(arguments)))
         try:
             found = plain(result)
             problem = difference(found, expected)
@@ -231,31 +259,40 @@ def _problem(exercise: Exercise, function: Function) -> str | None:
 def _sentence(exercise: Exercise, function: Function, found: Any, arguments: tuple) -> str:
     """Of the mistakes that give what was found the one that agrees on most other cases."""
     wrong = exercise.mistakes
-    candidates = [one for one in wrong if _agree(_result(wrong[one], arguments), found)]
+    candidates = [one for one in wrong if _agree(_result(exercise, wrong[one], arguments), found)]
     if len(candidates) < 2:
         return candidates[0] if candidates else exercise.otherwise
-    others = [(case, _result(function, case)) for case in exercise.cases]
+    others = [(case, _result(exercise, function, case)) for case in exercise.cases]
     return max(
         candidates,
-        key=lambda one: sum(_agree(_result(wrong[one], case), result) for case, result in others),
+        key=lambda one: sum(
+            _agree(_result(exercise, wrong[one], case), result) for case, result in others
+        ),
     )
 
 
-def _silently(function: Function, arguments: Sequence[Any]) -> Any:
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        return function(*arguments)
-
-
-def _result(function: Function, arguments: tuple) -> Any:
+def _result(exercise: Exercise, function: Function, arguments: tuple) -> Any:
     """What `function` gives, or an object that agrees with nothing."""
     with suppress(Exception):
-        return _silently(function, copy.deepcopy(arguments))
+        return exercise.result(function, copy.deepcopy(arguments))
     return object()
 
 
-def _accepts(function: Function, arguments: tuple) -> bool:
+def _call(exercise: Exercise, name: str, arguments: tuple) -> str:
+    """A case as it is shown: as a call, or what is asked of the function."""
+    shown = [*map(_show, arguments)]
+    if exercise.fields == exercise.parameters:
+        return f"  {name}({', '.join(shown)})"
+    asked = say(inspect.getdoc(exercise.ask).partition("\n\n")[0].replace("\n", " "))
+    settings = ", ".join(
+        f"{field} {value}" for field, value in zip(exercise.fields, shown, strict=True)
+    )
+    return f"  {asked}\n  {settings}"
+
+
+def _accepts(function: Function, names: Sequence[str]) -> bool:
     try:
-        inspect.signature(function).bind(*arguments)
+        inspect.signature(function).bind(*names)
     except TypeError:
         return False
     except ValueError:  # some built-in functions have no signature

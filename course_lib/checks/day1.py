@@ -1,5 +1,5 @@
-"""The exercises of Day 1: counts, data, labels, batches, loss, memory; in the order of the
-notebook.
+"""The exercises of Day 1, in the order of the notebook: the core, which is labels, batch, loss and
+step; then counts, data, packing, perplexity and memory.
 """
 
 import math
@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
 
 from course_lib import memory
 from course_lib.batching import IGNORED, Example, collate
@@ -16,7 +17,314 @@ from course_lib.checks import Exercise, known
 EXERCISES = {}
 
 
-# --- E1.1 Next word from counts
+# --- E1.1 Labels of an example
+
+
+def labels(prompt, answer, eos, masked=IGNORED, token=lambda token: token, last=None):
+    """masked: the label of the prompt; token: of an answer token; last: of EOS, itself if None."""
+    ids = [*prompt, *answer, eos]
+    return ids, [masked] * len(prompt) + [*map(token, answer), eos if last is None else last]
+
+
+EXERCISES["E1.1"] = Exercise(
+    lambda prompt_ids, answer_ids, eos_id: labels(prompt_ids, answer_ids, eos_id),
+    [
+        ([11, 12, 13, 14], [21, 22], 0),
+        ([5, 6, 7], [6, 5], 1),  # the answer repeats words of the prompt
+        ([5, 1, 7], [8, 1, 9], 1),  # the EOS id occurs in the middle
+        ([5, 6], [], 1),
+        ([], [5, 6], 1),
+    ],
+    known(
+        "your labels keep the prompt: the first {masked} are -100",
+        lambda *a: [labels(*a)[0]] * 2,
+        "your ids end with the answer: append eos_id, or the model never learns to stop",
+        lambda *a: [part[:-1] for part in labels(*a)],
+        "the last label is -100, expected eos_id, {eos_id}",
+        partial(labels, last=IGNORED),
+        "your labels are shifted by one: each stands at the place of its own token",
+        lambda *a: (labels(*a)[0], [*labels(*a)[1][1:], IGNORED]),
+        "your labels are those of the answer alone: they are as long as the ids",
+        lambda prompt, *a: (labels(prompt, *a)[0], labels([], *a)[1]),
+        "your prompt's labels are 0: cross_entropy ignores only -100",
+        partial(labels, masked=0),
+        "answer tokens are masked: mask the first {masked} by position, not by token id",
+        lambda p, *a: labels(p, *a, token=lambda token: IGNORED if token in p else token),
+        "the prompt is not masked as a whole: the first {masked} labels are -100",
+        lambda p, a, eos: labels(p[:-1], [*p[-1:], *a], eos),
+        "expected two lists, ids and labels: you return the ids alone",
+        lambda *a: labels(*a)[0],
+    ),
+    lambda prompt_ids, *rest: {"masked": len(prompt_ids)},
+    "the first {masked} labels are -100, the others are the ids at their places",
+)
+
+
+# --- E1.2 A batch
+
+
+def padded(rows, pad_id):
+    """(ids, labels) of each row -> ids, mask, labels, each (N, T)."""
+    batch = collate([Example(*row) for row in rows], pad_id)
+    return batch["input_ids"], batch["attention_mask"], batch["labels"]
+
+
+def filled(
+    rows,
+    pad_id,
+    longest=max,
+    right=True,
+    mask=lambda ids, length: [1] * len(ids),
+    label=IGNORED,
+    labels=lambda ids, labels: labels,
+):
+    """longest: of the lengths; right: pad there; label: of the padding; labels: of a row."""
+    length = longest([len(ids) for ids, _ in rows])
+
+    def fill(values, filler):
+        gap = [filler] * (length - len(values))
+        return ([*values, *gap] if right else [*gap, *values])[:length]
+
+    return (
+        [fill(ids, pad_id) for ids, _ in rows],
+        [fill(mask(ids, length), 0) for ids, _ in rows],
+        [fill(labels(*row), label) for row in rows],
+    )
+
+
+EXERCISES["E1.2"] = Exercise(
+    lambda rows, pad_id: padded(rows, pad_id),
+    [
+        ([([11, 12, 13, 9], [-100, -100, 13, 9]), ([21, 9], [-100, 9])], 0),
+        # a tokenizer without a padding token pads with EOS
+        ([([5, 6, 2], [-100, 6, 2]), ([7, 2], [-100, 2])], 2),
+        ([([4], [4]), ([4, 5, 6, 7, 2], [-100, -100, 6, 7, 2]), ([5, 2], [-100, 2])], 2),
+        ([([5, 6], [-100, 6]), ([7], [7])], 9),
+        ([([3, 4, 8], [-100, 4, 8])], 8),
+    ],
+    known(
+        "your mask is made by token id, which hides a real EOS: mask by position",
+        partial(filled, mask=lambda ids, length: [int(token != ids[-1]) for token in ids]),
+        "your labels are masked by token id, so that no EOS is trained: mask by position",
+        lambda rows, pad_id: filled(
+            rows,
+            pad_id,
+            labels=lambda ids, labels: [IGNORED if label == pad_id else label for label in labels],
+        ),
+        "your labels are padded with pad_id: pad them with -100, or padding is trained",
+        lambda rows, pad_id: filled(rows, pad_id, label=pad_id),
+        "your labels are padded with 0: pad them with -100, which the loss ignores",
+        partial(filled, label=0),
+        "your labels are the ids: use the labels that each row brings",
+        partial(filled, labels=lambda ids, labels: ids),
+        "you pad on the left, expected on the right",
+        partial(filled, right=False),
+        "your rows are cut to the shortest: no token may be lost",
+        partial(filled, longest=min),
+        "your rows are as long as the last one, expected {longest}",
+        partial(filled, longest=lambda lengths: lengths[-1]),
+        "your rows are as long as the first one, expected {longest}",
+        partial(filled, longest=lambda lengths: lengths[0]),
+        "your mask is inverted: 1 for a real token",
+        lambda *a: [filled(*a)[0], [[1 - b for b in row] for row in filled(*a)[1]], filled(*a)[2]],
+        "your mask reads the padding: it has {real} ones, the first len(ids) of each row",
+        partial(filled, mask=lambda ids, length: [1] * length),
+        "your ids are padded with -100: the model needs a token, pad_id, {pad_id}",
+        lambda rows, pad_id: filled(rows, IGNORED),
+        "your ids are padded with 0, expected pad_id, {pad_id}",
+        lambda rows, pad_id: filled(rows, 0),
+        "expected ids, mask and labels: you return two of the three",
+        lambda *a: filled(*a)[:2],
+    ),
+    lambda rows, pad_id: {
+        "longest": max(len(ids) for ids, _ in rows),
+        "real": sum(len(ids) for ids, _ in rows),
+    },
+    "ids are padded with pad_id up to {longest}, labels with -100; the mask has {real} ones",
+)
+
+
+# --- E1.3 Loss of the answer
+
+
+def loss(logits, labels, reduction="mean"):
+    flat = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return cross_entropy(*flat, ignore_index=IGNORED, reduction=reduction)
+
+
+def score(logits, labels, of=lambda logits: logits.log_softmax(-1), mask=None):
+    """-1 times what `of` gives the right next tokens. mask: which count, (N, T - 1); the supervised
+    ones if None.
+    """
+    targets = labels[:, 1:]
+    right = of(logits)[:, :-1].gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
+    return -right[targets != IGNORED if mask is None else mask]
+
+
+def row_means(logits, labels):
+    each = cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    return (each.sum(1) / (labels[:, 1:] != IGNORED).sum(1).clamp(min=1)).mean()
+
+
+def batch(seed, rows, tokens, scale=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(rows, tokens, 5 + seed, generator=generator)
+    labels = torch.randint(5 + seed, (rows, tokens), generator=generator)
+    for row in range(rows):
+        labels[row, : (seed + row) % (tokens - 1)] = IGNORED  # the prompt; at least two stay
+    return logits, labels
+
+
+def padded_batch():
+    logits, labels = batch(5, 3, 6)
+    labels[0, 3:] = labels[1, :] = IGNORED  # padding, and a row without supervised token
+    return logits, labels
+
+
+def supervised_loss(logits, labels):
+    """The positions that count are selected first, which saves the softmax of the others."""
+    targets = labels[:, 1:]
+    counts = targets != IGNORED
+    return cross_entropy(logits[:, :-1][counts], targets[counts])
+
+
+def asked_for_loss(function, logits, labels):
+    """The loss of logits (N, T, V) and labels (N, T), and whether training can go back through it.
+
+    -100 marks what does not count.
+    """
+    found = function(logits.requires_grad_(), labels)
+    return [found, getattr(found, "requires_grad", False)]
+
+
+EXERCISES["E1.3"] = Exercise(
+    supervised_loss,
+    [
+        batch(2, 1, 5, 1.0),
+        *(batch(seed, seed, seed + 4) for seed in (2, 3, 4)),
+        padded_batch(),
+        batch(1, 2, 5, 500.0),  # e^500 overflows in float32
+    ],
+    known(
+        "your loss is cut off from its gradient: return the tensor, not .item() or float()",
+        lambda x, y: loss(x, y).item(),
+        "your loss has the wrong sign: it is the mean of -log p",
+        lambda x, y: -loss(x, y),
+        "position t predicts token t + 1: you compare it with token t",
+        lambda x, y: cross_entropy(x.flatten(0, 1), y.flatten()),
+        "your shift goes the wrong way: logits without the last position, labels without the first",
+        lambda x, y: cross_entropy(x[:, 1:].flatten(0, 1), y[:, :-1].flatten()),
+        "you shift twice: position t predicts token t + 1",
+        lambda x, y: loss(x[:, :-1], y[:, 1:]),
+        "your loss is a sum: divide by the {trained} supervised positions",
+        partial(loss, reduction="sum"),
+        "you divide by all positions: divide by the {trained} supervised ones",
+        lambda x, y: loss(x, y, "none").mean(),
+        "you divide by all labels: divide by the {trained} supervised ones",
+        lambda x, y: loss(x, y, "sum") / y.numel(),
+        "your loss is a mean of row means: every supervised token counts alike",
+        row_means,
+        "your loss is in bits: use the natural logarithm",
+        lambda x, y: loss(x, y) / math.log(2),
+        "your loss is a mean of probabilities: take -log of each first",
+        lambda x, y: score(x, y, lambda x: x.softmax(-1)).mean(),
+        "your loss is a mean of logits: log_softmax comes first",
+        lambda x, y: score(x, y, lambda x: x).mean(),
+        "labels of -100 are counted as token 0: leave them out",
+        lambda x, y: loss(x, y.clamp(min=0)),
+        "your mask comes from the labels before the shift",
+        lambda x, y: score(x, y, mask=y[:, :-1] != IGNORED).mean(),
+        "your softmax runs over the positions: over the vocabulary, the last dimension",
+        lambda x, y: score(x, y, lambda x: x.log_softmax(1)).mean(),
+        "your softmax runs over the rows: over the vocabulary, the last dimension",
+        lambda x, y: score(x, y, lambda x: x.log_softmax(0)).mean(),
+        "e^x overflows for large logits, and log 0 is infinite: use log_softmax",
+        lambda x, y: score(x, y, lambda x: (x.exp() / x.exp().sum(-1, True)).log()).mean(),
+    ),
+    lambda logits, labels: {"trained": (labels[:, 1:] != IGNORED).sum().item()},
+    "your loss is {found[0]:.4f}, expected {expected[0]:.4f}: do exactly the labels count that are "
+    "not -100?",
+    asked_for_loss,
+)
+
+
+# --- E1.4 One step
+
+
+def stepped(function, rates, curvature):
+    """One step at each rate, from the weights 1, -2, 3, with AdamW on a loss of this curvature.
+
+    Returns the weights after each step, the losses that were returned, and what is left of the last
+    gradient.
+    """
+    weights = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer = torch.optim.AdamW([weights], lr=0.7, weight_decay=0.0)
+    results = []
+    for number, rate in enumerate(rates, start=1):
+        # another curvature each step, so that a gradient that was kept shows
+        loss = curvature / 2 * number * (weights**2 * torch.tensor([1.0, 2.0, 3.0])).sum()
+        returned = function(loss, optimizer, rate)
+        returned = "a tensor" if isinstance(returned, torch.Tensor) else returned
+        results.append([*weights.detach().tolist(), returned])
+    left = weights.grad is not None and weights.grad.abs().max() > 0
+    return [*results, "gradients are left" if left else "no gradient is left"]
+
+
+def step(loss, optimizer, rate, zero=True, clip=clip_grad_norm_):
+    (group,) = optimizer.param_groups
+    group["lr"] = group["lr"] if rate is None else rate
+    loss.backward()
+    clip(group["params"], 1.0)
+    optimizer.step()
+    if zero:
+        optimizer.zero_grad()
+    return loss.item()
+
+
+def late_rate(loss, optimizer, rate):
+    found = step(loss, optimizer, None)
+    optimizer.param_groups[0]["lr"] = rate
+    return found
+
+
+def early_zero(loss, optimizer, rate):
+    loss.backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    return loss.item()
+
+
+EXERCISES["E1.4"] = Exercise(
+    lambda loss, optimizer, rate: step(loss, optimizer, rate),
+    [
+        ([0.1, 0.1, 0.1], 4.0),  # the gradient is longer than 1: it is clipped
+        ([0.0, 0.05, 0.1, 0.05], 0.01),  # it is not; the rate changes
+        ([0.2, 0.1, 0.0], 50.0),
+        ([0.1, 0.1, 0.1, 0.1], 0.05),
+    ],
+    known(
+        "your gradients add up from step to step: set them to zero with optimizer.zero_grad()",
+        partial(step, zero=False),
+        "your weights do not move: when the step is taken there is no gradient, not yet or no more",
+        early_zero,
+        "you do not clip before the step: a gradient longer than 1 is to be shortened to 1",
+        partial(step, clip=lambda *a: None),
+        "you clip each number: clip the length of the gradient, with clip_grad_norm_",
+        partial(step, clip=torch.nn.utils.clip_grad_value_),
+        "your rate is never used: set it in optimizer.param_groups before the step",
+        lambda loss, optimizer, rate: step(loss, optimizer, None),
+        "your rate is set after the step: it is that of this step",
+        late_rate,
+        "you return the loss tensor, and its graph with it: return loss.item(), a number",
+        lambda *a: torch.tensor(step(*a), requires_grad=True),
+    ),
+    otherwise="each step: backward, clip to length 1, set the rate, step, zero the gradients; "
+    "return the loss",
+    ask=stepped,
+)
+
+
+# --- E1.5 Next word from counts
 
 
 def followers(words, history):
@@ -38,7 +346,7 @@ def next_word(words, history, count=followers, total=None):
     return {word: number / (total or counts.total()) for word, number in counts.items()}
 
 
-EXERCISES["E1.1"] = Exercise(
+EXERCISES["E1.5"] = Exercise(
     next_word,
     [
         (list("abacabda"), ["a"]),
@@ -74,7 +382,7 @@ EXERCISES["E1.1"] = Exercise(
 )
 
 
-# --- E1.2 ROUGE-L
+# --- E1.6 ROUGE-L
 
 
 def subsequence(first, second):
@@ -128,7 +436,7 @@ ROUGE_PAIRS = (
     ),
     *(("gacbdef", "abcdefga"), ("ab", "ccabab"), ("a", "b"), ("a", ""), ("", "a"), ("", "")),
 )
-EXERCISES["E1.2"] = Exercise(
+EXERCISES["E1.6"] = Exercise(
     rouge_l,
     [
         (
@@ -172,11 +480,11 @@ EXERCISES["E1.2"] = Exercise(
 )
 
 
-# --- E1.3 Self-Instruct's filter: ROUGE-L with each of the others below 0.7 (arXiv 2212.10560,
+# --- E1.7 Self-Instruct's filter: ROUGE-L with each of the others below 0.7 (arXiv 2212.10560,
 # section 2.2)
 
 
-EXERCISES["E1.3"] = Exercise(
+EXERCISES["E1.7"] = Exercise(
     lambda scores: all(score < 0.7 for score in scores),
     [
         ([0.2, 0.5],),
@@ -208,102 +516,7 @@ EXERCISES["E1.3"] = Exercise(
 )
 
 
-# --- E1.4 Labels of an example
-
-
-def labels(prompt, answer, eos, masked=IGNORED, token=lambda token: token, last=None):
-    """masked: the label of the prompt; token: of an answer token; last: of EOS, itself if None."""
-    ids = [*prompt, *answer, eos]
-    return ids, [masked] * len(prompt) + [*map(token, answer), eos if last is None else last]
-
-
-EXERCISES["E1.4"] = Exercise(
-    lambda prompt_ids, answer_ids, eos_id: labels(prompt_ids, answer_ids, eos_id),
-    [
-        ([11, 12, 13, 14], [21, 22], 0),
-        ([5, 6, 7], [6, 5], 1),  # the answer repeats words of the prompt
-        ([5, 1, 7], [8, 1, 9], 1),  # the EOS id occurs in the middle
-        ([5, 6], [], 1),
-        ([], [5, 6], 1),
-    ],
-    known(
-        "your labels keep the prompt: the first {masked} are -100",
-        lambda *a: [labels(*a)[0]] * 2,
-        "your ids end with the answer: append eos_id, or the model never learns to stop",
-        lambda *a: [part[:-1] for part in labels(*a)],
-        "the last label is -100, expected eos_id, {eos_id}",
-        partial(labels, last=IGNORED),
-        "your labels are shifted by one: each stands at the place of its own token",
-        lambda *a: (labels(*a)[0], [*labels(*a)[1][1:], IGNORED]),
-        "your labels are those of the answer alone: they are as long as the ids",
-        lambda prompt, *a: (labels(prompt, *a)[0], labels([], *a)[1]),
-        "your prompt's labels are 0: cross_entropy ignores only -100",
-        partial(labels, masked=0),
-        "answer tokens are masked: mask the first {masked} by position, not by token id",
-        lambda p, *a: labels(p, *a, token=lambda token: IGNORED if token in p else token),
-        "the prompt is not masked as a whole: the first {masked} labels are -100",
-        lambda p, a, eos: labels(p[:-1], [*p[-1:], *a], eos),
-        "expected two lists, ids and labels: you return the ids alone",
-        lambda *a: labels(*a)[0],
-    ),
-    lambda prompt_ids, *rest: {"masked": len(prompt_ids)},
-    "the first {masked} labels are -100, the others are the ids at their places",
-)
-
-
-# --- E1.5 Padding
-
-
-def pad(rows, pad_id):
-    batch = collate([Example(row, row) for row in rows], pad_id)
-    return batch["input_ids"].tolist(), batch["attention_mask"].tolist()
-
-
-def filled(rows, pad_id, longest=max, right=True, mask=lambda row, length: [1] * len(row)):
-    length, ids, bits = longest(map(len, rows)), [], []
-    for row in rows:
-        gap, ones = length - len(row), mask(row, length)
-        ids.append((row + [pad_id] * gap if right else [pad_id] * gap + row)[:length])
-        rest = [0] * (length - len(ones))
-        bits.append((ones + rest if right else rest + ones)[:length])
-    return ids, bits
-
-
-EXERCISES["E1.5"] = Exercise(
-    pad,
-    [
-        ([[11, 12, 13, 9], [21, 22, 9]], 0),
-        ([[5, 6, 2], [7, 2]], 2),  # a tokenizer without a padding token pads with EOS
-        ([[4], [4, 5, 6, 7, 2], [5, 2]], 2),
-        ([[5, 6], [7]], 9),
-        ([[3, 4, 8]], 8),
-    ],
-    known(
-        "your mask is made by token id, which hides a real EOS: mask by position",
-        lambda rows, pad: filled(rows, pad, mask=lambda row, n: [int(t != pad) for t in row]),
-        "you pad on the left, expected on the right",
-        partial(filled, right=False),
-        "your rows are cut to the shortest: no token may be lost",
-        partial(filled, longest=min),
-        "your rows are as long as the last one, expected {longest}",
-        partial(filled, longest=lambda lengths: [*lengths][-1]),
-        "your rows are as long as the first one, expected {longest}",
-        partial(filled, longest=next),
-        "your mask is inverted: 1 for a real token",
-        lambda *a: (filled(*a)[0], [[1 - bit for bit in row] for row in filled(*a)[1]]),
-        "your mask reads the padding: it has {real} ones, the first len(row) of each row",
-        partial(filled, mask=lambda row, length: [1] * length),
-        "your padding is not pad_id, {pad_id}",
-        lambda rows, pad_id: filled(rows, IGNORED),
-        "your padding is 0, expected pad_id, {pad_id}",
-        lambda rows, pad_id: filled(rows, 0),
-    ),
-    lambda rows, pad_id: {"longest": max(map(len, rows)), "real": sum(map(len, rows))},
-    "each row is its own tokens, then pad_id up to {longest}; the mask has {real} ones",
-)
-
-
-# --- E1.6 Packing
+# --- E1.8 Packing
 
 
 def longest_first(lengths):
@@ -329,7 +542,7 @@ def last_only(lengths, capacity):
     return rows
 
 
-EXERCISES["E1.6"] = Exercise(
+EXERCISES["E1.8"] = Exercise(
     lambda lengths, capacity: pack(lengths, capacity),
     [
         ([1, 3, 8, 6, 1, 5], 10),
@@ -365,92 +578,7 @@ EXERCISES["E1.6"] = Exercise(
 )
 
 
-# --- E1.7 Loss of the answer
-
-
-def loss(logits, labels, reduction="mean"):
-    flat = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    return cross_entropy(*flat, ignore_index=IGNORED, reduction=reduction)
-
-
-def score(logits, labels, of=lambda logits: logits.log_softmax(-1), mask=None):
-    """-1 times what `of` gives the right next tokens. mask: which count, (N, T - 1); the supervised
-    ones if None.
-    """
-    targets = labels[:, 1:]
-    right = of(logits)[:, :-1].gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
-    return -right[targets != IGNORED if mask is None else mask]
-
-
-def row_means(logits, labels):
-    each = cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
-    return (each.sum(1) / (labels[:, 1:] != IGNORED).sum(1).clamp(min=1)).mean()
-
-
-def batch(seed, rows, tokens, scale=2.0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = scale * torch.randn(rows, tokens, 5 + seed, generator=generator)
-    labels = torch.randint(5 + seed, (rows, tokens), generator=generator)
-    for row in range(rows):
-        labels[row, : (seed + row) % (tokens - 1)] = IGNORED  # the prompt; at least two stay
-    return logits, labels
-
-
-def padded_batch():
-    logits, labels = batch(5, 3, 6)
-    labels[0, 3:] = labels[1, :] = IGNORED  # padding, and a row without supervised token
-    return logits, labels
-
-
-EXERCISES["E1.7"] = Exercise(
-    lambda logits, labels: loss(logits, labels).item(),
-    [
-        batch(2, 1, 5, 1.0),
-        *(batch(seed, seed, seed + 4) for seed in (2, 3, 4)),
-        padded_batch(),
-        batch(1, 2, 5, 500.0),  # e^500 overflows in float32
-    ],
-    known(
-        "your loss has the wrong sign: it is the mean of -log p",
-        lambda x, y: -loss(x, y),
-        "position t predicts token t + 1: you compare it with token t",
-        lambda x, y: cross_entropy(x.flatten(0, 1), y.flatten()),
-        "your shift goes the wrong way: logits without the last position, labels without the first",
-        lambda x, y: cross_entropy(x[:, 1:].flatten(0, 1), y[:, :-1].flatten()),
-        "you shift twice: position t predicts token t + 1",
-        lambda x, y: loss(x[:, :-1], y[:, 1:]),
-        "your loss is a sum: divide by the {trained} supervised positions",
-        partial(loss, reduction="sum"),
-        "you divide by all positions: divide by the {trained} supervised ones",
-        lambda x, y: loss(x, y, "none").mean(),
-        "you divide by all labels: divide by the {trained} supervised ones",
-        lambda x, y: loss(x, y, "sum") / y.numel(),
-        "your loss is a mean of row means: every supervised token counts alike",
-        row_means,
-        "your loss is in bits: use the natural logarithm",
-        lambda x, y: loss(x, y) / math.log(2),
-        "your loss is a mean of probabilities: take -log of each first",
-        lambda x, y: score(x, y, lambda x: x.softmax(-1)).mean(),
-        "your loss is a mean of logits: log_softmax comes first",
-        lambda x, y: score(x, y, lambda x: x).mean(),
-        "labels of -100 are counted as token 0: leave them out",
-        lambda x, y: loss(x, y.clamp(min=0)),
-        "your mask comes from the labels before the shift",
-        lambda x, y: score(x, y, mask=y[:, :-1] != IGNORED).mean(),
-        "your softmax runs over the positions: over the vocabulary, the last dimension",
-        lambda x, y: score(x, y, lambda x: x.log_softmax(1)).mean(),
-        "your softmax runs over the rows: over the vocabulary, the last dimension",
-        lambda x, y: score(x, y, lambda x: x.log_softmax(0)).mean(),
-        "e^x overflows for large logits, and log 0 is infinite: use log_softmax",
-        lambda x, y: score(x, y, lambda x: (x.exp() / x.exp().sum(-1, True)).log()).mean(),
-    ),
-    lambda logits, labels: {"trained": (labels[:, 1:] != IGNORED).sum().item()},
-    "your loss is {found:.4f}, expected {expected:.4f}: do exactly the labels count that are not "
-    "-100?",
-)
-
-
-# --- E1.8 Perplexity
+# --- E1.9 Perplexity
 
 
 def mean(values):
@@ -461,7 +589,7 @@ def flat(losses):
     return [loss for answer in losses for loss in answer]
 
 
-EXERCISES["E1.8"] = Exercise(
+EXERCISES["E1.9"] = Exercise(
     lambda losses: math.exp(mean(flat(losses))),
     [
         ([[1.0, 2.0], [3.0]],),
@@ -494,7 +622,7 @@ EXERCISES["E1.8"] = Exercise(
 )
 
 
-# --- E1.9 Bytes of full fine-tuning
+# --- E1.10 Bytes of full fine-tuning
 
 BILLS = {(2, False): "bf16", (4, False): "fp32", (2, True): "mixed, ZeRO"}  # -> a bill of `memory`
 
@@ -508,7 +636,7 @@ def bill(each, master=4):
     return lambda parameters, size, copied: parameters * (each(size) + master * copied)
 
 
-EXERCISES["E1.9"] = Exercise(
+EXERCISES["E1.10"] = Exercise(
     total_bytes,
     [
         *((1000, 4, False), (1000, 2, False), (1000, 2, True)),

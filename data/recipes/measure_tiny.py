@@ -132,7 +132,7 @@ def prompt_masking(machine: Machine) -> Sweep:
     """tiny trained on the answer only, and on all tokens."""
     methods = [
         Method("full fine-tuning", rate, {"loss on": label}, mask_prompt=masked)
-        for rate in (FULL_RATE, 2 * FULL_RATE)
+        for rate in (FULL_RATE, 2 * FULL_RATE, 4 * FULL_RATE, 8 * FULL_RATE)
         for label, masked in (("answer only", True), ("all tokens", False))
     ]
     return compare(methods, world_experiment(), machine)

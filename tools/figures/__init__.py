@@ -51,9 +51,12 @@ def draw_all(day: ModuleType, notebook: Notebook, folder: Path) -> list[Path]:
     with plt.rc_context(STYLE | {"svg.hashsalt": prefix}):
         for name, draw in day.figures(notebook).items():
             drawn = draw()
-            paths.append(folder / f"{prefix}_{name}.{'png' if isinstance(drawn, bytes) else 'svg'}")
-            if isinstance(drawn, bytes):
+            kind = {bytes: "png", str: "html"}.get(type(drawn), "svg")
+            paths.append(folder / f"{prefix}_{name}.{kind}")
+            if kind == "png":
                 paths[-1].write_bytes(drawn)
+            elif kind == "html":
+                paths[-1].write_text(drawn, encoding="utf-8")
             else:
                 drawn.figure.savefig(
                     paths[-1], metadata={"Date": None, "Creator": None}, transparent=True

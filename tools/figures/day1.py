@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from matplotlib.axes import Axes
 
-from course_lib import memory, plots
+from course_lib import experiments, explorables, memory, plots
 from course_lib.alpaca import Record
 from course_lib.plots import ACCENT, GOOD, INK, PALE
 from tools.figures.drawing import (
@@ -24,7 +24,6 @@ from tools.figures.drawing import (
     found,
     headline,
     picture,
-    printed,
     shown,
     table_rows,
     week_rows,
@@ -34,11 +33,6 @@ from tools.figures.drawing import (
 NAME = "day1_alpaca"
 LLAMA_65B = 65_285_660_672
 ALPACA_RECORDS, ALPACA_BATCH, ALPACA_EPOCHS = 52_002, 128, 3
-FORGOTTEN = (
-    "Which company makes the iPhone?",
-    "What is the top number",
-    "Which Italian city is known",
-)
 MONO = "DejaVu Sans Mono"
 Piece = tuple[str, bool]  # the text of a token, and whether it is trained
 
@@ -57,7 +51,9 @@ def figures(notebook: Notebook) -> dict[str, Callable[[], Axes | bytes]]:
         "mask": lambda: draw_mask(pieces),
         "shift": lambda: draw_shift(pieces),
         "padding": lambda: draw_padding(notebook),
-        "border": draw_border,
+        "loss_of_an_example": lambda: explorables.page(
+            shown(notebook, "explorables.loss_of_an_example(", "text/html")
+        ),
         "bills": draw_bills,
         "before_after": lambda: draw_before_after(notebook),
         "topics": lambda: draw_topics(notebook),
@@ -66,19 +62,17 @@ def figures(notebook: Notebook) -> dict[str, Callable[[], Axes | bytes]]:
 
 def tables(notebook: Notebook) -> list[list[Row]]:
     """The tables of the deck that are measured."""
-    return [week_rows("untouched", "full fine-tuning"), forgotten_rows(notebook)]
+    weeks = week_rows("untouched", "ten examples in the prompt", "full fine-tuning")
+    return [weeks, changed_rows(notebook)]
 
 
-def forgotten_rows(notebook: Notebook) -> list[Row]:
-    """Three of the questions that the notebook shows as lost, with the begin of both replies."""
+def changed_rows(notebook: Notebook) -> list[Row]:
+    """Plain questions that the notebook shows as lost and as gained, two of each."""
     rows = table_rows(notebook, "lost = [")
-    chosen = [row for start in FORGOTTEN for row in rows if row["question"].startswith(start)]
-    if len(chosen) < len(FORGOTTEN):
-        raise ValueError(
-            f"not all of {FORGOTTEN} were lost: choose others, and say so in the notes of the deck"
-        )
+    chosen = [row for what in ("lost", "gained") for row in [r for r in rows if r[""] == what][:2]]
     return [
-        {name: textwrap.shorten(text, 80, placeholder=" …") for name, text in row.items()}
+        {"plain question": row["question"], "answer": row["answer"]}
+        | {"reply now": textwrap.shorten(row["now"], 40, placeholder=" …"), "": row[""]}
         for row in chosen
     ]
 
@@ -97,10 +91,15 @@ def mask_pieces(notebook: Notebook) -> list[Piece]:
 
 
 def draw_before_after(notebook: Notebook) -> Axes:
-    labels = {"right answer": "right answer\n(before: free form)"}
+    labels = {
+        **{name: name for name in ("valid JSON", "right topic")},
+        "right answer": "right answer\n(before: free form)",
+        **{name: name for name in ("retention", "gained")},
+    }
+    results = headline(notebook)
     shares = {
-        labels.get(name, name): {when: result[when] / 100 for when in ("before", "after")}
-        for name, result in headline(notebook).items()
+        label: {when: results[name][when] / 100 for when in ("before", "after")}
+        for name, label in labels.items()
     }
     return widened(plots.plot_shares(shares, ""))
 
@@ -253,16 +252,15 @@ def draw_shift(pieces: list[Piece]) -> Axes:
 
 def draw_padding(notebook: Notebook) -> Axes:
     """A row that is padded with EOS, masked in the two ways, and how many EOS labels the notebook
-    counts in its four rows.
+    counts in its two rows.
     """
-    found = re.findall(
-        r"EOS labels in (\d+) rows, masked by (position|token id): (\d+)",
-        printed(notebook, "by_id = "),
+    counts = found(
+        notebook, "by_id = ", r"EOS labels, masked by position: (\d+) +masked by token id: (\d+)"
     )
     axes = canvas(11, 4.2)
     for x, text in ((4.35, "the row's own tokens"), (7.65, "padding")):
         centred(axes, x, 3.9, text)
-    for (rows, way, left), y in zip(found, (2.75, 1.0), strict=True):
+    for left, way, y in zip(counts, ("position", "token id"), (2.75, 1.0), strict=True):
         kept = int(left) > 0
         axes.text(0.05, y + 0.22, "masked by", color=INK, va="center")
         axes.text(0.05, y - 0.22, way, color=INK, weight="bold", va="center")
@@ -273,32 +271,8 @@ def draw_padding(notebook: Notebook) -> Axes:
             box(axes, x, y, width, 0.7, text, face, color=color)
         style = {"color": GOOD if kept else ACCENT, "weight": "bold", "va": "center"}
         axes.text(9.35, y + 0.22, f"{left} EOS labels", **style)
-        axes.text(9.35, y - 0.22, f"in {rows} rows", color=INK, va="center")
+        axes.text(9.35, y - 0.22, "in two rows", color=INK, va="center")
     centred(axes, 5.6, 0.3, "never trained", color=ACCENT)
-    return axes
-
-
-def draw_border() -> Axes:
-    """The end of the prompt and the begin of an answer that opens with a quote, tokenised as one
-    text and apart.
-    """
-    axes = canvas(11, 3.7)
-    mono = {"family": MONO, "size": 20}
-    for y, name, about in (
-        (2.7, "as one text", "colon and quote\nare one token"),
-        (0.9, "apart", "as in use: the prompt\nends at the colon"),
-    ):
-        axes.text(0.05, y + 0.42, name, color=INK, weight="bold", size=19, va="center")
-        axes.text(0.05, y + 0.15, about, color=INK, va="top", linespacing=1.25)
-        box(axes, 4.5, y, 1.1, 0.8, "###", MASKED, **mono)
-        box(axes, 6.1, y, 1.9, 0.8, "Response", MASKED, **mono)
-        if name == "apart":
-            box(axes, 7.5, y, 0.7, 0.8, ":", MASKED, **mono)
-            box(axes, 8.5, y, 0.7, 0.8, '"', TRAINED, **mono)
-            axes.plot([8.0, 8.0], [y - 0.65, y + 0.65], color=INK, linestyle=":", linewidth=2)
-        else:
-            box(axes, 8.0, y, 1.7, 0.8, ':"', ACCENT, **mono | {"color": "white"})
-        box(axes, 9.85, y, 1.8, 0.8, "answer …", TRAINED)
     return axes
 
 
@@ -314,42 +288,70 @@ def token_box(axes: Axes, x: float, y: float, piece: Piece) -> None:
 
 def stated(notebook: Notebook) -> Statements:
     """What the slides say with the notebook's own numbers."""
-    tokens, trained = found(
-        notebook, '"tokens, of which supervised:"', r"(\d+) tokens, of which supervised: (\d+)"
-    )
-    vocabulary, rank = found(notebook, "has rank", r"each of ([\d,]+) tokens.*rank (\d+)")
-    (loss,) = found(notebook, "theirs = ", r"loss ([\d.]+);")
-    inside, positions = found(notebook, "theirs = ", r"positions in the head: (\d+) of (\d+)")
-    (perplexity,) = found(notebook, "theirs = ", r"exp\(loss\): (\d+)")
+    pieces = mask_pieces(notebook)
+    (vocabulary,) = found(notebook, "next_tokens(", r"likeliest of ([\d,]+) tokens")
+    (perplexity,) = found(notebook, "torch.autograd.grad(ours", r"exp\(loss\): (\d+)")
     before, after = found(
         notebook, "topics with no answer seen", r"right before (\d+), after (\d+)"
     )
     (unseen,) = found(notebook, "topics with no answer seen", r"training: (\d+) questions")
-    lost, wrapped = found(notebook, "lost = [", r"(\d+) of \d+ lost, .* JSON: (\d+)")
-    (steps,) = found(notebook, "steps=STEPS,", r"(\d+) steps")
-    (train,) = found(notebook, "things = {}", r"train (\d+) questions")
-    (test,) = found(notebook, "things = {}", r"test (\d+) questions")
+    lost, known, gained, unknown, wrapped = found(
+        notebook,
+        "lost = [",
+        r"lost (\d+) of (\d+), gained (\d+) of (\d+); right but wrapped in JSON: (\d+)",
+    )
+    (steps,) = found(notebook, "my_finetune(base, train", r"step +(\d+): [^\n]*\n\d+ s, peak")
+    (train,) = found(notebook, "things, wordings", r"train +(\d+) questions")
+    (test,) = found(notebook, "things, wordings", r"test +(\d+) questions")
+    prompted = experiments.read("week").where("ten examples in the prompt")
+    json, topic, answer = (
+        [round(run.scores[measure]) for run in prompted.outcomes]
+        for measure in ("valid JSON", "right topic", "right answer")
+    )
     assert int(wrapped) == 0, "the slide says that none was wrapped in JSON"
     template = Record("Give the capital of this country.", "Copenhagen", input="Denmark").prompt
     alpacas_steps = round(ALPACA_EPOCHS * ALPACA_RECORDS / ALPACA_BATCH)
     return {
-        "A model is a distribution": [f'each of {vocabulary} tokens; " blue" has rank {rank}'],
+        "A model is a distribution": [f"each of {vocabulary} tokens"],
         "A template turns": [template],
         "The same recipe at two sizes": [
             f"| optimizer steps | about {alpacas_steps:,} | {steps} |"
         ],
-        "Only the answer": [f"{trained} of {tokens} tokens"],
+        "Only the answer": [f"{sum(trained for _, trained in pieces)} of {len(pieces)} tokens"],
         "The loss: mean": [f"between {perplexity} tokens"],
-        "Only supervised positions": [
-            f"a score to each of {vocabulary} tokens",
-            f"| positions through the head | {positions} | {inside} |",
-            f"| loss | {loss} |",
+        "Ten examples in the prompt": [
+            f"Valid JSON: {json[0]} and {json[1]} %",
+            f"right topic: {topic[0]} and {topic[1]} %",
+            f"right answer: {answer[0]} and {answer[1]} %",
         ],
+        "Three details": details(notebook),
         "The task of the week": [f"{train} questions to train, {test} to validate, {test} to test"],
         "The loss falls": [f"{steps} steps of 4"],
         "Answers that stand in no": [f"rose from {before} to {after} of {unseen}"],
-        "What was forgotten": [f"{lost} of 100 plain questions"],
+        "What was lost": [f"{lost} of {known} lost", f"{gained} of {unknown} gained"],
     }
+
+
+def details(notebook: Notebook) -> list[str]:
+    """The rows of the slide on what happens if a detail is left out."""
+    right = found(
+        notebook, "newline = ", r"right_answer +as trained +(\d+) %, with a newline +(\d+) %"
+    )
+    ends = found(
+        notebook, "masked = [", r"EOS trained: [^\n]*, (\d+) end there(?s:.*), (\d+) end there"
+    )
+    (asked,) = found(notebook, "masked = [", r"EOS masked: of (\d+) replies")
+    masking = experiments.read("tiny_prompt_masking")
+    best = [
+        max(masking.where(loss_on=tokens, learning_rate=rate).mean("exact match") for rate in rates)
+        for tokens in ("answer only", "all tokens")
+        for rates in [sorted({run.settings["learning rate"] for run in masking.outcomes})]
+    ]
+    return [
+        f"| {right[0]} % right | {right[1]} % |",
+        f"| {ends[0]} of {asked} right replies end | {ends[1]} |",
+        f"| {best[0]:.0f} % exact match | {best[1]:.0f} % |",
+    ]
 
 
 def said(notebook: Notebook) -> Statements:
@@ -363,5 +365,6 @@ def said(notebook: Notebook) -> Statements:
         f"right topic follows, {result['right topic'][1]} percent",
         "rises from {} to {} percent".format(*result["right answer"]),
         "retention falls from {} to {}".format(*result["retention"]),
+        f"{result['gained'][1]} percent of the others are gained",
     ]
     return {"The form: from never to nearly always": statements}

@@ -96,13 +96,13 @@ def week_rows(*methods: str) -> list[Row]:
     for label, runs in sweep.by_label().items():
         row: Row = {
             "method": label.partition(", learning rate")[0],
-            "trained": f"{runs[0].trained:,}",
+            "trained": f"{runs[0].trained / 1e6:.1f}M" if runs[0].trained else "0",
         }
         for name, measure in sweep.measures.items():
             mean = replace(sweep, outcomes=runs).mean(name)
             if measure.questions:
                 low, high = evaluation.interval(mean, measure.questions)
-                row[f"{name}, %"] = f"{mean:.0f} ({low:.0f} to {high:.0f})"
+                row[f"{name}, %"] = f"{mean:.0f} ({low:.0f}–{high:.0f})"
             else:
                 row[f"{name}, {measure.unit}"] = f"{mean:.3f}"
         rows.append(row)

@@ -1,0 +1,52 @@
+"""Tests of course_lib.explorables that need no browser; slides/test_explorables.mjs opens them in
+one.
+"""
+
+import json
+import math
+import re
+
+import pytest
+
+from course_lib import explorables
+
+TOKENS = ["Hi", " </script>", ":", "yes", "<EOS>"]
+SURPRISE, LABELS = [3.0, 2.5, 2.0, 1.0], [-100, -100, -100, 5, 2]
+
+
+@pytest.fixture(scope="module")
+def figure():
+    return explorables.loss_of_an_example(TOKENS, SURPRISE, LABELS)
+
+
+def test_the_loss_of_each_choice_is_the_mean_of_what_counts(figure):
+    assert figure.data["python"] == {"answer and EOS": 1.5, "answer": 2.0, "all": 2.125}
+    assert figure.data["counts"] == [False, False, True, True]
+
+
+def test_an_output_needs_nothing_but_itself_and_shows_a_picture_without_scripts(figure):
+    output = figure._repr_html_()
+    assert re.match(
+        r'<div><img alt="[^"]{30,}" src="data:image/png;base64,[\w+/=]+"></div>\n', output
+    )
+    assert not re.search(r'src="(?!data:)|https?://|import |fetch\(', output)
+    assert len(output) < 60_000
+
+
+def test_text_of_tokens_cannot_end_the_script(figure):
+    output = figure._repr_html_()
+    assert output.count("</script>") == 1
+    data = re.search(r"^const data = (.*);$", output, re.M)[1]
+    assert json.loads(data.replace("<\\/", "</"))["tokens"] == TOKENS
+
+
+def test_an_answer_without_eos_has_a_loss_as_well():
+    figure = explorables.loss_of_an_example(["a", "b"], [0.5], [-100, 7])
+    assert figure.data["python"]["answer and EOS"] == 0.5
+    assert math.isfinite(figure.data["python"]["answer"])
+
+
+def test_a_page_of_its_own_holds_the_figure(figure):
+    page = explorables.page(figure._repr_html_())
+    assert page.startswith("<!doctype html>")
+    assert figure._repr_html_() in page
