@@ -54,7 +54,7 @@ def page(output: str) -> str:
     """The HTML of an output as a page of its own, for a deck's iframe; large enough for a class."""
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Explorable</title>\n'
-        f'<body style="margin:0;zoom:1.7">\n{output}\n</body></html>\n'
+        f'<body style="margin:0;zoom:1.3">\n{output}\n</body></html>\n'
     )
 
 
