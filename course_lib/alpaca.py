@@ -28,7 +28,7 @@ from typing import Any
 from course_lib import hub
 from course_lib.jsonfile import DataError, kind, read_rows
 from course_lib.runtime import CourseError, first_line
-from course_lib.text import is_blank, means_nothing, words
+from course_lib.text import ends_a_sentence, is_blank, means_nothing, words
 
 PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -287,7 +287,7 @@ def novel(candidates: Sequence[str], pool: Sequence[str], threshold: float = 0.7
         count = len(words(candidate))
         if not SHORTEST <= count <= LONGEST:
             dropped.append((candidate, f"{count} words, expected {SHORTEST} to {LONGEST}"))
-        elif not candidate.rstrip("\"')”’").endswith((".", "?", "!", ":", "。", "？", "！", "：")):
+        elif not ends_a_sentence(candidate):
             dropped.append((candidate, "cut off: no mark at its end"))
         else:
             scores = [

@@ -76,6 +76,9 @@ def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     >>> tokenizer.eos_token_id in encode_text("<|endoftext|>", tokenizer)
     False
     """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        found = "half of a surrogate pair"
+        raise CourseError(f"the text holds {found}, which no tokenizer reads: take it out")
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
@@ -141,6 +144,9 @@ def encode_records(
     Raises CourseError if none fits.
     """
     examples, refused = [], []
+    if not isinstance(records, Sequence):
+        found = f"records is a {type(records).__name__}"
+        raise CourseError(f"{found}, expected a list of records, such as read_records(...).records")
     for number, record in enumerate(records, start=1):
         example = encode(record, tokenizer, mask_prompt=mask_prompt)
         if len(example) <= max_tokens:
@@ -366,6 +372,13 @@ def _check_packable(model: "PreTrainedModel", longest: int) -> None:
     found = ""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         found = "takes no positions"
+    elif config.model_type in ("openai-gpt", "xlm", "xlnet", "reformer"):
+        found = "takes no mask of its own for each position"
+    elif any(
+        "position" in name and getattr(module, "padding_idx", None) is not None
+        for name, module in model.named_modules()
+    ):
+        found = "counts positions from its padding token on"
     elif getattr(config, "alibi", False):
         found = "counts positions by the row (ALiBi)"
     elif others := kinds - {"full_attention", *windows}:

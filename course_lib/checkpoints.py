@@ -21,13 +21,16 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 KEPT = 2
 WEIGHTS, OPTIMIZER, RANDOM = "weights.safetensors", "optimizer.safetensors", "random.safetensors"
 AFTER_STEP, PROGRESS = "after_step.safetensors", "progress.json"
+FILES = {WEIGHTS, OPTIMIZER, RANDOM, AFTER_STEP, PROGRESS, sealing.SEAL}
 START = "weights at the start"
 Say = Callable[[str], None]
 # model -> folder of a run -> what its weights were at the start, and where the run left them
@@ -85,18 +89,26 @@ class Keeper:
         """Load the newest whole checkpoint, if there is one; the losses of the steps that it has
         behind it.
 
-        Raises CheckpointError, before anything is loaded, for a folder that cannot be written, for
-        a checkpoint of another run, and for one that somebody changed and sealed again.
+        Raises CheckpointError, before anything is loaded, for a folder that cannot be written or
+        that another run is using, for checkpoints of another run or program, and for one that
+        somebody changed and sealed again.
         """
         _make_writable(self.folder)
+        _check_state(state.after_step)
+        if PartialState().is_main_process:
+            self._reserve()
         self.identity[START] = self._start(state.model)
         if PartialState().is_main_process:
             # by a process that was killed
             for left in self.folder.glob(f"{sealing.PARTIAL}checkpoint-*"):
                 shutil.rmtree(left, ignore_errors=True)
         PartialState().wait_for_everyone()
+        self._spare_others()
         checkpoint = newest(self.folder, self.identity, self.say)
         if checkpoint is None:
+            if self.identity[START] != fingerprint_of(state.model):
+                found = f"this model was trained in {self.folder} already, and no checkpoint is"
+                raise CheckpointError(f"{found} there to go on from: load the base again")
             return []
         losses = _load(checkpoint, state)
         self.say(f"going on from {checkpoint.name}")
@@ -108,12 +120,41 @@ class Keeper:
         start, left = _left.get(model, {}).get(self.folder, (now, now))
         return start if left == now else now
 
+    def _spare_others(self) -> None:
+        """Raise CheckpointError where a save would replace a folder of another program."""
+        for path in found_in(self.folder):
+            step, others = (
+                int(path.name.rpartition("-")[2]),
+                {f.name for f in path.iterdir()} - FILES,
+            )
+            last = self.identity["steps"]
+            written = step == last or (step < last and step % self.every == 0)
+            if written and others and not (path / sealing.SEAL).is_file():
+                found = f"{path} is of another program (it holds {min(others)})"
+                raise CheckpointError(f"{found}: choose another folder")
+
+    @cached_property
+    def _lock(self) -> FileLock:
+        name = fingerprint(str(self.folder.resolve()))
+        return FileLock(Path(tempfile.gettempdir()) / f"course-run-{name}.lock")
+
+    def _reserve(self) -> None:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            found = f"another run is using {self.folder}"
+            raise CheckpointError(f"{found}: wait for its end, or choose another folder") from None
+        except (OSError, NotImplementedError):  # some network drives know no locks
+            return
+
     def leave(self, model: nn.Module) -> None:
         """Note the weights of a run that ends or breaks off: called again on this model in this
         folder, it goes on, as it does on a new one.
         """
-        start = self.identity.get(START, "")
-        _left.setdefault(model, {})[self.folder] = (start, fingerprint_of(model))
+        if START in self.identity:
+            left = (self.identity[START], fingerprint_of(model))
+            _left.setdefault(model, {})[self.folder] = left
+        self._lock.release()
 
     def save(self, state: State, losses: list[float]) -> None:
         """Write checkpoint-STEP, and of older ones keep the newest.
@@ -144,9 +185,9 @@ class Keeper:
         try:
             sealing.partial_folder(final)
             for name, content in tensors.items():
-                save_file(
-                    {key: value.contiguous() for key, value in content.items()}, partial / name
-                )
+                # copies, since safetensors refuses tensors that share memory
+                copies = {key: value.detach().clone() for key, value in content.items()}
+                save_file({key: copies[key].contiguous() for key in copies}, partial / name)
             (partial / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
             sealing.publish(partial, final, dict(self.identity))
             # not of other programs
@@ -213,6 +254,8 @@ def newest(folder: Path, identity: Mapping[str, Any], say: Say) -> Path | None:
         if differences:
             found = f"{checkpoint} is of another run ({'; '.join(differences)})"
             start = "load the base again" if differences[0].startswith(START) else ""
+            if START not in saved:
+                start = "delete it, since it is of an older version,"
             advice = start or "use these settings again"
             raise CheckpointError(f"{found}: {advice} or another folder")
         return checkpoint
@@ -244,9 +287,58 @@ def identity(
         "trained weights": f"{sum(map(math.prod, shapes.values()))} "
         f"({fingerprint([shapes, adapters])})",
         "examples": fingerprint([(example.input_ids, example.labels) for example in drawn]),
-        "loss": getattr(loss, "__qualname__", type(loss).__name__),
-        "after_step": getattr(after_step, "__qualname__", type(after_step).__name__),
+        "settings of the base": fingerprint(_settings_of(base.model)),
+        "loss": _named(loss),
+        "after_step": _named(after_step),
     }
+
+
+def _settings_of(model: nn.Module) -> dict[str, Any]:
+    """What the config says beside names of files and versions: dropout, norms, positions."""
+    content = json.loads(model.config.to_json_string(use_diff=False))
+    return {
+        key: value
+        for key, value in content.items()
+        if not key.startswith("_") and key not in ("transformers_version", "dtype")
+    }
+
+
+def _named(function: object) -> str:
+    """A function by its name and what it does: its code, and the plain values it was made with."""
+    if isinstance(function, partial):
+        values = fingerprint([repr(function.args), repr(sorted(function.keywords.items()))])
+        return f"{_named(function.func)} with {values}"
+    own = getattr(function, "__code__", None)
+    called = own or getattr(vars(type(function)).get("__call__"), "__code__", None)
+    name = getattr(function, "__qualname__", type(function).__name__)
+    if called is None:
+        return name
+    plain = (int, float, str, bool, type(None))
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    made_with = [repr(value) for value in cells if isinstance(value, plain)]
+    return f"{name} ({fingerprint([_code(called), made_with])})"
+
+
+def _code(code: CodeType) -> list[Any]:
+    constants = [
+        _code(one)
+        if isinstance(one, CodeType)
+        else sorted(map(repr, one))
+        if isinstance(one, frozenset)
+        else repr(one)
+        for one in code.co_consts
+    ]
+    return [code.co_code.hex(), code.co_names, constants]
+
+
+def _check_state(after_step: object) -> None:
+    """Raise CheckpointError, before the first step, for a state that no file of tensors takes."""
+    if not hasattr(after_step, "state_dict"):
+        return
+    for key, value in after_step.state_dict().items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            found = f"after_step.state_dict() holds {key!r}, a {type(value).__name__}"
+            raise CheckpointError(f"{found}, expected tensors: keep it as torch.tensor(...)")
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -266,13 +358,15 @@ def fingerprint(content: Any) -> str:
 def fingerprint_of(model: nn.Module) -> str:
     """A short name for all weights of a model, frozen ones included."""
     digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
 
 
 def _make_writable(folder: Path) -> None:
+    if folder == Path():
+        raise CheckpointError("the working folder cannot keep checkpoints: give one of their own")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

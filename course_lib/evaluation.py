@@ -467,6 +467,8 @@ def generate(
     same position.
     """
     _check_batch_size(batch_size)
+    if not all(prompts):
+        raise CourseError("a prompt has no tokens, so nothing can go on from it: give it a text")
     pad_id = base.tokenizer.pad_token_id
     check_ids((token for prompt in prompts for token in prompt), base.model, base.tokenizer)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

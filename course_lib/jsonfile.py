@@ -32,6 +32,12 @@ STARTS = {  # of files that are no text
 }
 
 
+# encodings that are told apart from others by what they hold
+TOLD_APART = frozenset(
+    "gb18030 gb2312 gbk big5 big5hkscs cp932 shift_jis euc_jp euc_kr cp949 cp1251 koi8_r".split()
+)
+
+
 class DataError(CourseError):
     """A file of data that cannot be used; the message names file, place, what was found and what
     was expected.
@@ -128,14 +134,18 @@ def _read_text(path: Path, expected: str) -> str:
 
 
 def _encoding(content: bytes) -> str:
-    """What the text may be instead of UTF-8; "" if nothing fits well enough to be said."""
+    """What the text may be instead of UTF-8; "" if it is too short to tell, or of the Latin code
+    pages, of which the wrong one is often guessed.
+    """
     from charset_normalizer import from_bytes
 
+    if sum(byte > 127 for byte in content[:100_000]) < 40:
+        return ""
     try:
         guess = from_bytes(content[:100_000]).best()
     except Exception:  # whatever its guesses run into
         return ""
-    return f", perhaps {guess.encoding}" if guess and guess.encoding != "utf_8" else ""
+    return f", perhaps {guess.encoding}" if guess and guess.encoding in TOLD_APART else ""
 
 
 def _decoder() -> json.JSONDecoder:

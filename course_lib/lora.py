@@ -188,7 +188,6 @@ def add_lora(
     _check_layers(model, layers, rank, alpha)
     if not lora_layers(model):
         model.requires_grad_(False)
-        surgery.uncompiled(model).save_pretrained = _save_pretrained
     generator = Generator().manual_seed(seed)
     for path, layer in layers.items():
         if isinstance(layer, LoRALinear):
@@ -203,6 +202,9 @@ def add_lora(
 
 def _check_addition(model: nn.Module, name: str, seed: int) -> None:
     """Raise CourseError if the model can have no adapter of this name and seed."""
+    if not isinstance(model, nn.Module):
+        advice = "expected a model, such as base.model"
+        raise CourseError(f"found a {type(model).__name__}, {advice}")
     if hasattr(model, "peft_config"):
         advice = "load the base again, then add_lora, or load_adapter for a saved one"
         raise CourseError(f"the model has an adapter of peft: {advice}")
@@ -275,8 +277,14 @@ def remove_lora(model: nn.Module, name: str | None = None) -> None:
     Without adapters the model is the base again: its layers are those of before, and all its
     weights can train, those of a quantised base excepted. A model that has none stays as it is, so
     that a cell which removes and adds can run twice.
+
+    Raises CourseError where weights beside the matrices train: they would stay changed.
     """
     layers = lora_layers(model, name)
+    leaving = {name} if name else set(adapter_names(model))
+    if layers and leaving == set(adapter_names(model)) and (beside := trained_beside(model)):
+        found = f"{beside[0]} trains beside the adapter, so the base would not come back"
+        raise CourseError(f"{found}: load the base again")
     for path, layer in layers.items():
         for gone in [name] if name else list(layer.adapters):
             del layer.adapters[gone]
@@ -296,14 +304,18 @@ def _as_before(model: nn.Module) -> None:
     model.requires_grad_(not codes)
 
 
-def _save_pretrained(*arguments: object, **options: object) -> None:
-    """In the place of transformers' own, which would write the layers under names that no model
-    reads again.
-    """
-    raise CourseError(
-        "a model with LoRA layers cannot be saved by save_pretrained: save_adapter(model, folder) "
-        "keeps the adapter, merged_copy(model).save_pretrained(folder) the whole model"
-    )
+def trained_beside(model: nn.Module) -> list[str]:
+    """The names of the weights that train and are of no adapter."""
+    updates = {
+        id(weight)
+        for layer in lora_layers(model).values()
+        for weight in layer.adapters.parameters()
+    }
+    return [
+        name
+        for name, weight in surgery.uncompiled(model).named_parameters()
+        if weight.requires_grad and id(weight) not in updates
+    ]
 
 
 def adapter_names(model: nn.Module) -> list[str]:

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from course_lib import models, sealing, surgery
-from course_lib.lora import LoRALinear, add_lora, lora_layers
+from course_lib.lora import LoRALinear, adapter_names, add_lora, lora_layers, trained_beside
 from course_lib.runtime import CourseError, first_line
 from course_lib.surgery import LinearWrapper
-from course_lib.vocabulary import first_new_row, mark_new_rows
+from course_lib.vocabulary import mark_rows, trained_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -84,6 +84,8 @@ def save_adapter(
     not finite, and for a trained weight that the format has no place for.
     """
     folder = Path(folder).expanduser().resolve()
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise CourseError(f"dtype={dtype!r} keeps no weights: choose torch.float32 or float16")
     layers = lora_layers(model, name)
     _check_equal_sizes(layers, name)
     tensors = {
@@ -168,15 +170,15 @@ def _beside(
     }
     for path, module in model.named_modules(remove_duplicate=False):
         own = dict(module.named_parameters(recurse=False))
-        first = first_new_row(own["weight"]) if "weight" in own else None
+        ids = trained_rows(own["weight"]) if "weight" in own else None
         trained = [
             part
             for part, weight in own.items()
             if weight.requires_grad and id(weight) not in updates
         ]
-        if first is not None:
+        if ids is not None and not own["weight"].requires_grad:
             if all(own["weight"] is not weight for _, weight in rows.values()):  # tied: once
-                rows[path] = (list(range(first, len(own["weight"]))), own["weight"])
+                rows[path] = (ids, own["weight"])
         elif trained:
             if own.keys() - {"weight", "bias"} or any(
                 path.startswith(f"{wrapper}.") for wrapper in wrappers
@@ -232,6 +234,8 @@ def load_adapter(
     settings = file.settings
     paths = {path for path, _ in file.matrices}
     _check_fit(model, file, folder)
+    _check_alone(model, file, folder)
+    expected = _named_layers(model, settings)
     exactly = "|".join(map(re.escape, paths))
     rank, alpha, stabilized = settings["r"], settings["lora_alpha"], settings.get("use_rslora")
     add_lora(model, rank, alpha, exactly, name=name, rank_stabilized=bool(stabilized))
@@ -240,13 +244,24 @@ def load_adapter(
             layer.adapters[name].A.copy_(file.matrices[path, "A"])
             layer.adapters[name].B.copy_(file.matrices[path, "B"])
         _put_beside(surgery.uncompiled(model), file)
-    expected = _named_layers(model, settings)
     if left := expected - paths:
         part = f"{len(paths)} of the {len(expected)} layers that its config names"
         say(f"the adapter in {folder} covers {part}; {min(left)} stays as the base has it")
     if settings.get("lora_dropout"):
         found = f"the adapter in {folder} was trained with dropout {settings['lora_dropout']}"
         say(f"{found}; it computes the same here, but trains on without")
+
+
+def _check_alone(model: nn.Module, file: AdapterFile, folder: Path) -> None:
+    """Raise CourseError if two adapters would share the weights beside their matrices."""
+    others = adapter_names(model)
+    beside = trained_beside(model) or [f"{module}.weight" for module in file.rows]
+    beside += [f"{module}.{part}" for module, part in file.whole]
+    if others and beside:
+        found = f"adapter {others[0]!r} is there, and a model has only one {beside[0]}"
+        raise CourseError(
+            f"the adapter in {folder} needs a base of its own ({found}): load it again"
+        )
 
 
 def _check_fit(model: nn.Module, file: AdapterFile, folder: Path) -> None:
@@ -301,8 +316,7 @@ def _put_beside(model: nn.Module, file: AdapterFile) -> None:
     for path, rows in file.rows.items():
         weight, ids = model.get_submodule(path).weight, file.ids(path)
         weight[ids] = rows.to(weight)
-        if ids == list(range(ids[0], len(weight))):
-            mark_new_rows(weight, ids[0])
+        mark_rows(weight, ids)
 
 
 def _untie(model: nn.Module, whole: Mapping[tuple[str, str], Tensor]) -> None:
@@ -383,20 +397,33 @@ def _read(folder: Path) -> AdapterFile:
     if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
         # most others change the base as well
         more.append(f"init_lora_weights={settings['init_lora_weights']}")
+    if settings.get("bias") not in (None, "none"):
+        more.append(f"bias={settings['bias']}")
+    targets = settings.get("target_modules")
+    if not isinstance(targets, str | list | None):
+        found = f"{folder / CONFIG} has target_modules={targets!r}"
+        raise CourseError(f"{found}, expected names of layers: save or download it again")
     file = AdapterFile(settings, {}, {}, {})
     for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if not tensor.float().isfinite().all():
             advice = "get it again, or train again at a lower learning rate"
             raise CourseError(f"the adapter in {folder} holds NaN or infinity in {key}: {advice}")
         if match := MATRIX.fullmatch(key):
             file.matrices[match.groups()] = tensor
         elif match := ROWS.fullmatch(key):
             file.rows[match[1]] = tensor
-        elif match := WHOLE.fullmatch(key):
+        elif (match := WHOLE.fullmatch(key)) and ".base_layer" not in match[1]:
             file.whole[match.groups()] = tensor
         else:
             more.append(key)
     if more or not file.matrices:
         found = more[0] if more else "no weights"
         raise CourseError(f"the adapter in {folder} is not plain LoRA ({found}): load it with peft")
+    for module in settings.get("modules_to_save") or ():
+        if not any(f".{path}".endswith(f".{module}") for path, _ in file.whole):
+            found = f"its config names {module}, and it holds no weights of it"
+            raise CourseError(f"the adapter in {folder} is damaged ({found}): get it again")
+    if settings.get("trainable_token_indices") and not (file.rows or file.whole):
+        found = "its config names rows of tokens, and it holds none"
+        raise CourseError(f"the adapter in {folder} is damaged ({found}): get it again")
     return file

@@ -187,6 +187,19 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
         ) from None
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
+    if isinstance(new, LinearWrapper):
+        model.save_pretrained = _save_pretrained
+
+
+def _save_pretrained(*arguments: object, **options: object) -> None:
+    """In the place of transformers' own, which would write wrapped layers under names that no model
+    reads again.
+    """
+    raise CourseError(
+        "a model with wrapped layers, such as LoRA's, cannot be saved by save_pretrained: "
+        "save_adapter(model, folder) keeps the adapter, "
+        "merged_copy(model).save_pretrained(folder) the whole model"
+    )
 
 
 def default_targets(model: "nn.Module | str") -> Targets:

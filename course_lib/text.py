@@ -10,6 +10,10 @@ UNSPACED = (
 )
 # Else letters and digits in a row with their marks; and a symbol, such as an emoji.
 WORD = rf"{UNSPACED}\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}]--{UNSPACED}]+|\p{{So}}"
+# what changes the meaning of the word it touches: -5, C++, $5
+SIGNED = r"(?<!\w)[-\u2212]\p{N}+|\w+[\p{S}#]+|\p{Sc}\w+"
+# a mark that ends a sentence, perhaps within quotes or brackets; Thai and its neighbours have none
+ENDED = r"(?:[\p{STerm}:\uff1a\u2026;\u037e]|[\p{Thai}\p{Lao}\p{Khmer}]\p{M}*)[\p{P}\s]*$"
 # letters and marks without a shape: blanks of Korean and of Braille, variation selectors
 INVISIBLE_LETTERS = "\u115f\u1160\u2800\u3164\uffa0\ufe0e\ufe0f"
 NOTHING = frozenset(
@@ -33,14 +37,14 @@ def words(text: str) -> list[str]:
     >>> words("It's 5 o'clock; ете, 北京"), words("été") == words("ôté")
     (['it', 's', '5', 'o', 'clock', 'ете', '北', '京'], False)
     """
-    return _pattern().findall(normalise(text))
+    return _pattern(WORD).findall(normalise(text))
 
 
 @cache
-def _pattern() -> Any:
+def _pattern(expression: str) -> Any:
     import regex  # Python's re knows no scripts
 
-    return regex.compile(WORD, regex.V1)
+    return regex.compile(expression, regex.V1)
 
 
 def contains(text: str, part: str) -> bool:
@@ -50,7 +54,22 @@ def contains(text: str, part: str) -> bool:
     (True, False)
     """
     wanted, found = words(part), words(text)
+    if not wanted or not _signs(part) <= _signs(text):
+        return False
     return any(found[i : i + len(wanted)] == wanted for i in range(len(found) - len(wanted) + 1))
+
+
+def _signs(text: str) -> set[str]:
+    return set(_pattern(SIGNED).findall(normalise(text)))
+
+
+def ends_a_sentence(text: str) -> bool:
+    """Does the text end as a sentence does, in its script?
+
+    >>> ends_a_sentence("Add."), ends_a_sentence("बारिश पर लिखो।"), ends_a_sentence("Add the")
+    (True, True, False)
+    """
+    return _pattern(ENDED).search(text) is not None
 
 
 def is_blank(text: str) -> bool:

@@ -128,7 +128,7 @@ def only_new_rows(model: "PreTrainedModel", first: int) -> Iterator[None]:
     matrices = _token_matrices(model)
     for weight in matrices:
         weight.requires_grad_(True)
-        mark_new_rows(weight, first)
+        mark_rows(weight, range(first, len(weight)))
     hooks = [weight.register_hook(keep_new) for weight in matrices]
     try:
         yield
@@ -139,14 +139,14 @@ def only_new_rows(model: "PreTrainedModel", first: int) -> Iterator[None]:
             weight.requires_grad_(trains)
 
 
-def mark_new_rows(weight: Tensor, first: int) -> None:
-    """Note on an embedding matrix that its rows from `first` on are new, for `save_adapter`."""
-    weight.first_new_row = first
+def mark_rows(weight: Tensor, ids: Sequence[int]) -> None:
+    """Note on an embedding matrix which of its rows train, for `save_adapter`."""
+    weight.trained_rows = list(ids)
 
 
-def first_new_row(weight: Tensor) -> int | None:
-    """What `mark_new_rows` noted, or None."""
-    return getattr(weight, "first_new_row", None)
+def trained_rows(weight: Tensor) -> list[int] | None:
+    """What `mark_rows` noted, or None."""
+    return getattr(weight, "trained_rows", None)
 
 
 def _token_matrices(model: "PreTrainedModel") -> list[Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from course_lib import batching
-from course_lib.alpaca import Record
+from course_lib.alpaca import Record, check_records
 from course_lib.batching import IGNORED, Example, collate, collate_packed, encode, encode_records
 from course_lib.runtime import CourseError
 
@@ -275,8 +275,10 @@ def families():
         GPT2Config,
         MistralConfig,
         MptConfig,
+        OpenAIGPTConfig,
         Qwen2Config,
         Qwen3NextConfig,
+        RobertaConfig,
     )
 
     few = {"vocab_size": 1536, "hidden_size": 16}
@@ -294,6 +296,11 @@ def families():
         "Falcon, ALiBi": (FalconConfig(**falcon, alibi=True), "counts positions by the row"),
         "Bloom": (BloomConfig(**few, n_layer=2, n_head=2), "takes no positions"),
         "MPT": (MptConfig(vocab_size=1536, d_model=16, n_layers=2, n_heads=2), "no positions"),
+        "GPT": (OpenAIGPTConfig(vocab_size=1536, n_embd=16, n_layer=2, n_head=2), "no mask of its"),
+        "RoBERTa": (
+            RobertaConfig(**SMALL, is_decoder=True),
+            "counts positions from its padding token on",
+        ),
         "Qwen 3 Next": (
             Qwen3NextConfig(**SMALL, layer_types=["linear_attention", "full_attention"]),
             "another kind than attention",
@@ -329,3 +336,9 @@ def test_packed_batches_of_every_family_are_equal_to_padded_ones_or_refused(fami
 def test_records_that_were_not_encoded_are_named(tiny, records):
     with pytest.raises(CourseError, match="example 1 is a Record: encode it first"):
         batching.check_examples(records, tiny.model, tiny.tokenizer)
+
+
+def test_a_reading_in_place_of_its_records_is_named(tiny, records):
+    reading = check_records([{"instruction": "Add.", "output": "2"}], "sums")
+    with pytest.raises(CourseError, match=r"records is a Reading, expected a list of records"):
+        batching.encode_records(reading, tiny.tokenizer, 64)

@@ -5,6 +5,7 @@ More of them, with faults, are in tests/faults.
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from course_lib.checkpoints import OPTIMIZER, PROGRESS, RANDOM, WEIGHTS, CheckpointError
 from course_lib.lora import add_lora
+from course_lib.objective import summed_loss
 from course_lib.sealing import SEAL
 from tests.fixtures.models import fresh_tiny
 from tests.fixtures.runs import same_weights, train
@@ -150,3 +152,109 @@ class Stopping:
     def __call__(self, model, step):
         if step == self.at:
             raise KeyboardInterrupt
+
+
+def test_a_checkpoint_of_another_program_is_not_replaced(machine, tmp_path):
+    foreign = tmp_path / "checkpoint-4" / "model.safetensors"
+    foreign.parent.mkdir()
+    foreign.write_bytes(b"weights of another trainer")
+    with pytest.raises(CheckpointError, match="checkpoint-4 is of another program .it holds model"):
+        train(machine, folder=tmp_path, save_every=2)
+    assert foreign.read_bytes() == b"weights of another trainer"
+
+
+def test_a_refused_start_leaves_nothing_that_a_later_run_trips_over(machine, tmp_path):
+    base, folder = fresh_tiny(), tmp_path / "run"
+    folder.write_text("in the way")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        train(machine, base, folder=folder, save_every=2)
+    folder.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        train(machine, base, folder=folder, save_every=2, after_step=Stopping(5))
+    _, run = train(machine, folder=folder, save_every=2, after_step=Stopping(None))
+    assert run.resumed_at == 4
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_trained_model_is_no_start(machine, tmp_path, gone):
+    """Interrupted before the first checkpoint, or its checkpoints are gone."""
+    base, folder = fresh_tiny(), tmp_path / "run"
+    if gone:
+        train(machine, base, folder=folder, save_every=2)
+        shutil.rmtree(folder)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            train(machine, base, folder=folder, save_every=6, after_step=Stopping(3))
+    with pytest.raises(CheckpointError, match="was trained in .* already, and no checkpoint is"):
+        train(machine, base, folder=folder, save_every=6, after_step=Stopping(None))
+
+
+class Keeping:
+    """An `after_step` with a state."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def __call__(self, model, step):
+        pass
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+def test_a_state_of_numbers_is_refused_before_the_first_step(machine, tmp_path):
+    base = fresh_tiny()
+    with pytest.raises(CheckpointError, match="holds 'best', a float, expected tensors"):
+        train(machine, base, folder=tmp_path, save_every=2, after_step=Keeping({"best": 9.0}))
+    assert same_weights(base, fresh_tiny())
+
+
+def test_a_state_of_tensors_that_share_memory_is_kept(machine, tmp_path):
+    average = torch.arange(3.0)
+    hook = Keeping({"a": average, "b": average})
+    train(machine, folder=tmp_path, save_every=2, after_step=hook)
+    again = Keeping({"a": torch.zeros(3), "b": torch.zeros(3)})
+    train(machine, folder=tmp_path, save_every=2, after_step=again)
+    assert torch.equal(again.state["b"], average)
+
+
+def test_two_runs_do_not_share_a_folder(machine, tmp_path):
+    def another(model, step):
+        with pytest.raises(CheckpointError, match="another run is using"):
+            train(machine, folder=tmp_path, save_every=2)
+
+    train(machine, folder=tmp_path, save_every=2, after_step=another)
+
+
+def weighted(weight):
+    def loss(model, batch):
+        return weight * summed_loss(model, batch)
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda base: {"loss": weighted(0.5)},
+        lambda base: {"loss": partial(weighted(1.0))},
+        lambda base: {"loss": weighted(1.0), "after_step": lambda model, step: 1},
+        lambda base: base.model.model.rotary_emb.inv_freq.mul_(0.5) is None,
+        lambda base: setattr(base.model.config, "rms_norm_eps", 0.5),
+    ],
+)
+def test_a_run_with_another_loss_hook_or_config_is_another(machine, tmp_path, change):
+    given = {"loss": weighted(1.0), "after_step": lambda model, step: 0}
+    train(machine, folder=tmp_path, save_every=2, **given)
+    base = fresh_tiny()
+    changed = change(base)
+    with pytest.raises(CheckpointError, match="is of another run"):
+        train(machine, base, folder=tmp_path, save_every=2, **given | (changed if changed else {}))
+
+
+def test_the_working_folder_keeps_no_checkpoints(machine):
+    with pytest.raises(CheckpointError, match="give one of their own"):
+        train(machine, folder="", save_every=2)

@@ -365,3 +365,10 @@ def test_a_family_without_a_limit_of_positions_has_a_perplexity_and_is_trained(t
     assert 1 < evaluation.perplexity(tiny, ["Ada lives in a city. " * 50]) < 100 * size
     _, run = train(machine, base=tiny, steps=2)
     assert len(run.losses) == 2
+
+
+def test_a_prompt_without_tokens_and_a_text_that_is_none_are_named(tiny):
+    with pytest.raises(CourseError, match="a prompt has no tokens"):
+        evaluation.generate(tiny, [[5, 6], []], 3)
+    with pytest.raises(CourseError, match="half of a surrogate pair"):
+        evaluation.perplexity(tiny, ["a\ud800"])

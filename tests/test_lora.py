@@ -518,3 +518,8 @@ def test_models_that_read_a_layers_weight_find_it():
     layer = next(iter(lora_layers(model).values()))
     assert layer.weight is layer.base.weight
     assert layer.bias is None
+
+
+def test_a_base_in_place_of_its_model_is_named(tiny):
+    with pytest.raises(CourseError, match="found a Loaded, expected a model, such as base.model"):
+        add_lora(tiny, 4, 8)

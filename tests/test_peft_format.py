@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from course_lib import sealing, vocabulary
-from course_lib.lora import add_lora, lora_layers
+from course_lib.lora import add_lora, lora_layers, remove_lora
 from course_lib.peft_format import CONFIG, WEIGHTS, load_adapter, save_adapter
 from course_lib.runtime import CourseError
 from tests.fixtures.models import adapted, fill, fresh_tiny, logits, small_gpt2
@@ -359,3 +359,92 @@ def test_adapters_of_a_compiled_model_have_the_names_of_the_family(tmp_path):
     assert torch.equal(logits(again), logits(compiled))
     theirs = PeftModel.from_pretrained(fresh_tiny().model, tmp_path / "adapter")
     torch.testing.assert_close(logits(theirs), logits(plain), atol=1e-5, rtol=0)
+
+
+def saved_with_a_norm(folder):
+    model = adapted()
+    train_modules("model.norm")(model)
+    save_adapter(model, folder)
+    return folder
+
+
+def test_two_adapters_do_not_share_the_weights_beside_them(tmp_path, adapter_folder):
+    with_norm = saved_with_a_norm(tmp_path / "norm")
+    model = fresh_tiny().model
+    load_adapter(model, with_norm, "a")
+    before = logits(model)
+    for folder in (with_norm, adapter_folder):
+        with pytest.raises(CourseError, match="needs a base of its own .adapter 'a' is there"):
+            load_adapter(model, folder, "b")
+    model = fresh_tiny().model
+    load_adapter(model, adapter_folder, "plain")
+    with pytest.raises(CourseError, match="a model has only one model.norm.weight"):
+        load_adapter(model, with_norm, "a")
+    model = fresh_tiny().model
+    load_adapter(model, with_norm, "a")
+    assert torch.equal(logits(model), before)
+
+
+def test_an_adapter_with_weights_beside_it_is_not_removed(tmp_path):
+    model = fresh_tiny().model
+    load_adapter(model, saved_with_a_norm(tmp_path / "norm"))
+    with pytest.raises(CourseError, match=r"model\.norm\.weight trains beside the adapter"):
+        remove_lora(model)
+
+
+def test_a_matrix_that_trained_whole_after_its_rows_is_saved_whole(tmp_path):
+    model = prepared("new rows", adapted())
+    train_a_little(model, new_rows_from=1536)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    train_a_little(model)
+    save_adapter(model, tmp_path / "a")
+    again = prepared("new rows")
+    load_adapter(again, tmp_path / "a")
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+def test_rows_in_the_middle_of_a_vocabulary_are_saved_again(tmp_path):
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6, 7], task_type="CAUSAL_LM"
+    )
+    theirs = get_peft_model(fresh_tiny().model, config)
+    with torch.no_grad():
+        for number, weight in enumerate(w for w in theirs.parameters() if w.requires_grad):
+            weight.add_(
+                0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+            )
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = fresh_tiny().model
+    load_adapter(ours, tmp_path / "theirs")
+    save_adapter(ours, tmp_path / "ours")
+    again = fresh_tiny().model
+    load_adapter(again, tmp_path / "ours")
+    torch.testing.assert_close(logits(again), logits(ours))
+    torch.testing.assert_close(logits(again), logits(theirs))
+
+
+def test_a_type_that_keeps_no_weights_is_refused(tmp_path):
+    for dtype in (torch.int8, "float16"):
+        with pytest.raises(CourseError, match=r"choose torch\.float32 or float16"):
+            save_adapter(adapted(), tmp_path / "a", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("modules_to_save", ["lm_head"], "names lm_head, and it holds no weights of it"),
+        ("trainable_token_indices", [1, 2], "names rows of tokens, and it holds none"),
+        ("bias", "lora_only", r"not plain LoRA .bias=lora_only.: load it with peft"),
+        ("target_modules", 5, "target_modules=5, expected names of layers"),
+    ],
+)
+def test_a_config_that_says_more_than_the_file_holds_is_refused(
+    adapter_folder, setting, value, said
+):
+    path = adapter_folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: value}))
+    (adapter_folder / sealing.SEAL).unlink()
+    model = fresh_tiny().model
+    with pytest.raises(CourseError, match=said):
+        load_adapter(model, adapter_folder)
+    assert not lora_layers(model)

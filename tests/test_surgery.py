@@ -22,7 +22,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from course_lib import hub, surgery
-from course_lib.lora import add_lora, lora_layers
+from course_lib.lora import DoRALinear, add_lora, lora_layers
 from course_lib.runtime import CourseError
 from course_lib.surgery import (
     count_parameters,
@@ -292,3 +292,10 @@ def test_the_code_of_a_config_is_not_run(tmp_path):
     with pytest.raises(CourseError, match="cannot be used"):
         empty_model(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_with_any_wrapped_layer_is_not_saved_under_names_that_nobody_reads(tiny, tmp_path):
+    layer = tiny.model.get_submodule("model.layers.0.self_attn.q_proj")
+    surgery.replace_layer(tiny.model, "model.layers.0.self_attn.q_proj", DoRALinear(layer, 4, 8))
+    with pytest.raises(CourseError, match="cannot be saved by save_pretrained"):
+        tiny.model.save_pretrained(tmp_path / "model")

@@ -104,3 +104,39 @@ def test_markers_for_nothing_are_known_in_brackets_and_cases():
         assert text.means_nothing(marker), marker
     for said in ("", "0", "No", "None of these", "Na", "nothing new", "-", "nono"):
         assert not text.means_nothing(said), said
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "found"),
+    [
+        ("It is 5.", "-5", False),
+        ("It is -5.", "-5", True),
+        ("You want C.", "C++", False),
+        ("You want C++.", "C++", True),
+        ("It costs 5.", "$5", False),
+        ("It costs $5.", "5", True),
+        ("no idea", "!", False),
+        ("anything", "", False),
+    ],
+)
+def test_signs_belong_to_the_answer(reply, answer, found):
+    assert text.contains(reply, answer) is found
+
+
+@pytest.mark.parametrize(
+    ("sentence", "ends"),
+    [
+        ("Write a poem.", True),
+        ("“Write a poem.”", True),
+        ("Write a poem about", False),
+        ("बारिश पर एक कविता लिखो।", True),
+        ("اكتب قصيدة عن المطر؟", True),
+        ("«Напиши стихотворение.»", True),
+        ("Γράψε για τη βροχή;", True),
+        ("เขียนบทกวีเกี่ยวกับฝน", True),
+        ("写一首诗。", True),
+        ("写一首诗", False),
+    ],
+)
+def test_sentences_end_in_every_script(sentence, ends):
+    assert text.ends_a_sentence(sentence) is ends

@@ -164,7 +164,7 @@ def test_another_encoding_is_refused_and_named(encoding, refused_whole):
     refused_whole(
         content,
         *(
-            ["line 1: byte 0xfc is not UTF-8, perhaps cp125"]
+            ["line 1: byte 0xfc is not UTF-8: save it again as UTF-8"]
             if encoding == "latin-1"
             else ["expected UTF-8"]
         ),
