@@ -356,6 +356,7 @@ def score_answers(
     if not records:
         raise CourseError("there are no records to score")
     examples = [encode(record, base.tokenizer, shots) for record in records]
+    _check_lengths(base, max(map(len, examples)))
     tokens = (token for example in examples for token in example.input_ids)
     check_ids(tokens, base.model, base.tokenizer)
     by_length = sorted(range(len(examples)), key=lambda index: len(examples[index]))
@@ -469,6 +470,7 @@ def generate(
     _check_batch_size(batch_size)
     if not all(prompts):
         raise CourseError("a prompt has no tokens, so nothing can go on from it: give it a text")
+    _check_lengths(base, max(map(len, prompts), default=0) + max_new_tokens)
     pad_id = base.tokenizer.pad_token_id
     check_ids((token for prompt in prompts for token in prompt), base.model, base.tokenizer)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -508,6 +510,12 @@ def ends_of(base: "Loaded") -> list[int]:
     of_model = of_model if isinstance(of_model, list) else [of_model]
     ends = dict.fromkeys([base.tokenizer.eos_token_id, *of_model])
     return [token for token in ends if token is not None]
+
+
+def _check_lengths(base: "Loaded", longest: int) -> None:
+    if longest > (most := most_positions(base.model)):
+        found = f"a text of {longest} tokens, with what is to be written"
+        raise CourseError(f"found {found}, expected at most {most}: shorten it")
 
 
 def _check_batch_size(batch_size: int) -> None:

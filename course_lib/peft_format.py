@@ -229,7 +229,8 @@ def load_adapter(
     LoRA, hold a weight that is not finite, or if `model` has no such layers.
     """
     folder = Path(folder).expanduser()
-    sealing.recover(folder)
+    if not os.path.exists(folder):  # a save was killed, or is between its two renames
+        sealing.recover(folder)
     file = _read(folder)
     settings = file.settings
     paths = {path for path, _ in file.matrices}

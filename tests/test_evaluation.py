@@ -372,3 +372,11 @@ def test_a_prompt_without_tokens_and_a_text_that_is_none_are_named(tiny):
         evaluation.generate(tiny, [[5, 6], []], 3)
     with pytest.raises(CourseError, match="half of a surrogate pair"):
         evaluation.perplexity(tiny, ["a\ud800"])
+
+
+def test_a_text_beyond_the_models_positions_is_named(tiny):
+    most = tiny.model.config.max_position_embeddings
+    with pytest.raises(CourseError, match=f"expected at most {most}: shorten it"):
+        evaluation.generate(tiny, [[5] * (most - 2)], 3)
+    with pytest.raises(CourseError, match=f"expected at most {most}: shorten it"):
+        evaluation.score_answers(tiny, [Record("Add.", "one " * most)])
