@@ -2,7 +2,7 @@
 
     checkpoint-STEP/weights.safetensors      the weights that train, by their names in the model
                     optimizer.safetensors    what the optimizer keeps of each: 0.exp_avg, ...
-                    random.safetensors       the states of torch's generators, of every process
+                    random.safetensors       of every process, Python's and torch's random states
                     after_step.safetensors   the state of the run's `after_step`, if it has one
                     progress.json            what `finetune` counts: losses, the scale of fp16
                     SEAL.json                checksums, and the settings of the run
@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import math
+import random
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -397,9 +398,10 @@ def _nested(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
 
 
 def _random_state() -> dict[str, Tensor]:
-    """The states of torch's generators: of the CPU, and of each GPU."""
+    """The states of Python's generator and of torch's: of the CPU, and of each GPU."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
+        "python": torch.tensor(random.getstate()[1]),
         "cpu": torch.get_rng_state(),
         **{f"cuda:{number}": state for number, state in enumerate(gpus)},
     }
@@ -407,6 +409,9 @@ def _random_state() -> dict[str, Tensor]:
 
 def _set_random_state(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
-    for device in states.keys() - {"cpu"}:
+    if "python" in states:  # older checkpoints do without
+        version, _, gauss = random.getstate()
+        random.setstate((version, tuple(states["python"].tolist()), gauss))
+    for device in states.keys() - {"cpu", "python"}:
         if torch.cuda.is_available():
             torch.cuda.set_rng_state(states[device], device)

@@ -170,8 +170,8 @@ class Sweep:
         }
 
     def mean(self, measure: str) -> float:
-        """Over all outcomes, in the measure's unit."""
-        return statistics.mean(outcome.scores[measure] for outcome in self.outcomes)
+        """Over all outcomes, in the measure's unit; of COSTS, too."""
+        return statistics.mean(outcome.values[measure] for outcome in self.outcomes)
 
 
 def world_experiment(

@@ -75,7 +75,7 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]], title: str) -> "Axes"
     axes.set(
         xticks=range(len(shares)),
         xticklabels=list(shares),
-        ylabel="% of held-out questions",
+        ylabel="% of the questions",
         ylim=(0, 112),
     )
     # below labels of two lines

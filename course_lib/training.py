@@ -203,7 +203,7 @@ def _train(
     if keeper:
         losses += keeper.resume(state)
     resumed_at, last, size = len(losses), settings.steps, settings.batch_size
-    rows, per_step = size, len(drawn) // last
+    at_once, per_step = size, len(drawn) // last
     pad_id, skipped = base.tokenizer.pad_token_id, []
     base.model.train()
     steps = range(resumed_at + 1, last + 1)
@@ -213,16 +213,18 @@ def _train(
     for step in bar:
         # The batch: the examples of this step, and of them the micro-batches of this process.
         examples = drawn[(step - 1) * per_step : step * per_step]
-        tokens = sum(label != IGNORED for example in examples for label in example.labels[1:])
+        supervised = sum(label != IGNORED for example in examples for label in example.labels[1:])
         starts = range(process * size, per_step, processes * size)
         batches = [examples[start : start + size] for start in starts]
 
         # Forward, loss and backward (below); fewer examples at a time if memory does not suffice.
-        passes = partial(_forward_backward, model, batches, tokens, loss, scaler, machine, pad_id)
-        step_loss, fewer = _in_memory(passes, rows, size)
-        if fewer < rows:
+        passes = partial(
+            _forward_backward, model, batches, supervised, loss, scaler, machine, pad_id
+        )
+        step_loss, fewer = _in_memory(passes, at_once, size)
+        if fewer < at_once:
             note(f"step {step} ran out of memory: it is taken with {fewer} examples at a time")
-            rows = fewer
+            at_once = fewer
         if not math.isfinite(step_loss):
             raise TrainingError(_advice(f"the loss is {step_loss}", step, settings))
 
@@ -255,28 +257,28 @@ def _train(
 def _forward_backward(
     model: nn.Module,
     batches: Sequence[Sequence[Example]],
-    tokens: int,
+    supervised: int,
     loss: Loss,
     scaler: torch.amp.GradScaler,
     machine: Machine,
     pad_id: int,
-    rows: int,
+    at_once: int,
 ) -> float:
-    """Forward and backward, at most `rows` examples at a time; the loss of the step.
+    """Forward and backward, at most `at_once` examples at a time; the loss of the step.
 
     The loss is a sum over tokens, so the gradients of parts add up to those of the whole.
-    tokens: of the step, in all processes
+    supervised: tokens of the step that count, in all processes
     """
     model.zero_grad()  # of an attempt that ran out of memory
     processes, device = PartialState().num_processes, next(model.parameters()).device
     dtype = machine.torch_dtype
     autocast = torch.autocast(machine.device, dtype, enabled=dtype != torch.float32)
-    parts = [batch[i : i + rows] for batch in batches for i in range(0, len(batch), rows)]
+    parts = [batch[i : i + at_once] for batch in batches for i in range(0, len(batch), at_once)]
     total = torch.zeros((), device=device)
     for part in parts:
         inputs = {name: tensor.to(device) for name, tensor in collate(part, pad_id).items()}
         with autocast:
-            part_loss = checked_sum(loss(model, inputs)) / tokens
+            part_loss = checked_sum(loss(model, inputs)) / supervised
         meet = processes == 1 or part is parts[-1]  # gradients of processes meet once a step,
         with nullcontext() if meet else model.no_sync():  # as their mean, and shall be a sum
             scaler.scale(part_loss * processes).backward()
@@ -284,19 +286,19 @@ def _forward_backward(
     return reduce(total, "sum").item()
 
 
-def _in_memory(passes: Callable[[int], float], rows: int, size: int) -> tuple[float, int]:
-    """`passes(rows)`, and how many rows it took: half as many as long as memory does not suffice.
+def _in_memory(passes: Callable[[int], float], at_once: int, size: int) -> tuple[float, int]:
+    """`passes(at_once)`, and the number that fits: half as many while memory does not suffice.
 
     One of several processes does not try it, since the others would wait.
     """
     smallest = size if PartialState().num_processes > 1 else math.ceil(size / 2**HALVINGS)
     while True:
         try:
-            return passes(rows), rows
+            return passes(at_once), at_once
         except RuntimeError as error:
-            if not should_reduce_batch_size(error) or rows == smallest:
+            if not should_reduce_batch_size(error) or at_once == smallest:
                 raise
-        rows = math.ceil(rows / 2)  # outside of the block, whose error holds the activations
+        at_once = math.ceil(at_once / 2)  # outside of the block, whose error holds the activations
         clear_device_cache(garbage_collection=True)
 
 

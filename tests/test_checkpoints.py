@@ -4,6 +4,7 @@ More of them, with faults, are in tests/faults.
 """
 
 import json
+import random
 import shutil
 from functools import partial
 
@@ -97,6 +98,20 @@ def test_dropout_goes_on_as_if_nothing_had_happened(machine, tmp_path):
     torch.manual_seed(99)
     resumed, outcome = run(tmp_path / "broken")
     assert outcome.resumed_at == 2
+    assert same_weights(resumed, unbroken)
+
+
+def test_a_loss_that_draws_with_pythons_generator_goes_on_as_well(machine, tmp_path):
+    def noisy(model, batch):
+        return summed_loss(model, batch) * random.uniform(0.5, 1.5)
+
+    settings = {"steps": 4, "save_every": 2, "loss": noisy}
+    unbroken, whole = train(machine, folder=tmp_path / "whole", **settings)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "broken" / "checkpoint-2")
+    random.seed(99)
+    resumed, run = train(machine, folder=tmp_path / "broken", **settings)
+    assert (run.resumed_at, run.losses) == (2, whole.losses)
     assert same_weights(resumed, unbroken)
 
 

@@ -1,9 +1,11 @@
 """Measure the table of the week as far as it exists, three seeds each: about 25 minutes on two CPU
 cores.
 
-    python data/recipes/measure_week.py
+    python data/recipes/measure_week.py        # both
+    python data/recipes/measure_week.py week   # one
 
-Writes data/measured/week.json. Learning rates were chosen on the validation split:
+Writes data/measured/week.json and plain_questions.json. Learning rates were chosen on the
+validation split:
 docs/decisions.md.
 """
 
@@ -13,8 +15,9 @@ from dataclasses import replace
 from recording import record
 
 from course_lib import models
-from course_lib.evaluation import read_task
+from course_lib.evaluation import evaluate_retention, read_retention, read_task, read_unknown
 from course_lib.experiments import (
+    Measure,
     Method,
     Outcome,
     Sweep,
@@ -59,7 +62,33 @@ def prompted(machine: Machine) -> list[Outcome]:
     return outcomes
 
 
-RECIPES = (week,)
+WORDINGS = (
+    "{}",
+    "Please tell me: {}",
+    "I have a question. {}",
+    "Answer in a few words: {}",
+    "{} Answer briefly.",
+)
+
+
+def plain_questions(machine: Machine) -> Sweep:
+    """The plain questions of the table of the week in other words, to the untouched SmolLM2-135M:
+    how many answers come and go although no weight has moved.
+    """
+    base = models.load("smollm2-135m", machine)
+    asked = {"retention": read_retention(), "gained": read_unknown()}
+    measures = {name: Measure("percent", len(questions)) for name, questions in asked.items()}
+    outcomes = []
+    for wording in WORDINGS:
+        scores = {}
+        for name, questions in asked.items():
+            put = [replace(each, question=wording.format(each.question)) for each in questions]
+            scores[name] = 100 * evaluate_retention(base, put).rate
+        outcomes.append(Outcome("untouched", {"asked as": wording.format("…")}, 0, 0, scores))
+    return Sweep(outcomes, measures)
+
+
+RECIPES = (week, plain_questions)
 
 if __name__ == "__main__":
     record(RECIPES)

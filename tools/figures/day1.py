@@ -91,12 +91,8 @@ def mask_pieces(notebook: Notebook) -> list[Piece]:
 
 
 def draw_before_after(notebook: Notebook) -> Axes:
-    labels = {
-        **{name: name for name in ("valid JSON", "right topic")},
-        "right answer": "right answer\n(before: free form)",
-        **{name: name for name in ("retention", "gained")},
-    }
     results = headline(notebook)
+    labels = {name: f"{name}\n(of {result['questions']})" for name, result in results.items()}
     shares = {
         label: {when: results[name][when] / 100 for when in ("before", "after")}
         for name, label in labels.items()
@@ -295,10 +291,10 @@ def stated(notebook: Notebook) -> Statements:
         notebook, "topics with no answer seen", r"right before (\d+), after (\d+)"
     )
     (unseen,) = found(notebook, "topics with no answer seen", r"training: (\d+) questions")
-    lost, known, gained, unknown, wrapped = found(
+    lost, known, gained, unknown = found(
         notebook,
         "lost = [",
-        r"lost (\d+) of (\d+), gained (\d+) of (\d+); right but wrapped in JSON: (\d+)",
+        r"lost (\d+) of (\d+), gained (\d+) of (\d+)",
     )
     (steps,) = found(notebook, "my_finetune(base, train", r"step +(\d+): [^\n]*\n\d+ s, peak")
     (train,) = found(notebook, "things, wordings", r"train +(\d+) questions")
@@ -308,7 +304,6 @@ def stated(notebook: Notebook) -> Statements:
         [round(run.scores[measure]) for run in prompted.outcomes]
         for measure in ("valid JSON", "right topic", "right answer")
     )
-    assert int(wrapped) == 0, "the slide says that none was wrapped in JSON"
     template = Record("Give the capital of this country.", "Copenhagen", input="Denmark").prompt
     alpacas_steps = round(ALPACA_EPOCHS * ALPACA_RECORDS / ALPACA_BATCH)
     return {
@@ -328,8 +323,21 @@ def stated(notebook: Notebook) -> Statements:
         "The task of the week": [f"{train} questions to train, {test} to validate, {test} to test"],
         "The loss falls": [f"{steps} steps of 4"],
         "Answers that stand in no": [f"rose from {before} to {after} of {unseen}"],
-        "What was lost": [f"{lost} of {known} lost", f"{gained} of {unknown} gained"],
+        "What was lost": [
+            f"{lost} of {known} lost, {gained} of {unknown} gained",
+            "{} to {} % lost, {} to {} % gained".format(*reworded()),
+        ],
     }
+
+
+def reworded() -> list[int]:
+    """The smallest and largest share, in percent, that the untouched model loses and gains if the
+    plain questions are put in other words.
+    """
+    others = experiments.read("plain_questions").outcomes[1:]  # the first is as they are
+    lost = [100 - run.scores["retention"] for run in others]
+    gained = [run.scores["gained"] for run in others]
+    return [round(end) for each in (lost, gained) for end in (min(each), max(each))]
 
 
 def details(notebook: Notebook) -> list[str]:
@@ -338,9 +346,9 @@ def details(notebook: Notebook) -> list[str]:
         notebook, "newline = ", r"right_answer +as trained +(\d+) %, with a newline +(\d+) %"
     )
     ends = found(
-        notebook, "masked = [", r"EOS trained: [^\n]*, (\d+) end there(?s:.*), (\d+) end there"
+        notebook, "masked = [", r"EOS trained: [^\n]* (\d+) end there(?s:.*) (\d+) end there"
     )
-    (asked,) = found(notebook, "masked = [", r"EOS masked: of (\d+) replies")
+    (asked,) = found(notebook, "masked = [", r"EOS masked: [^\n]*of (\d+) replies")
     masking = experiments.read("tiny_prompt_masking")
     best = [
         max(masking.where(loss_on=tokens, learning_rate=rate).mean("exact match") for rate in rates)
@@ -349,7 +357,7 @@ def details(notebook: Notebook) -> list[str]:
     ]
     return [
         f"| {right[0]} % right | {right[1]} % |",
-        f"| {ends[0]} of {asked} right replies end | {ends[1]} |",
+        f"| {ends[0]} of {asked} replies end after the right answer | {ends[1]} |",
         f"| {best[0]:.0f} % exact match | {best[1]:.0f} % |",
     ]
 
