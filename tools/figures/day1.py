@@ -72,7 +72,7 @@ def changed_rows(notebook: Notebook) -> list[Row]:
     chosen = [row for what in ("lost", "gained") for row in [r for r in rows if r[""] == what][:2]]
     return [
         {"plain question": row["question"], "answer": row["answer"]}
-        | {"reply now": textwrap.shorten(row["now"], 40, placeholder=" …"), "": row[""]}
+        | {"reply now": textwrap.shorten(row["now"], 30, placeholder=" …"), "": row[""]}
         for row in chosen
     ]
 
