@@ -92,7 +92,8 @@ def mask_pieces(notebook: Notebook) -> list[Piece]:
 
 def draw_before_after(notebook: Notebook) -> Axes:
     results = headline(notebook)
-    labels = {name: f"{name}\n(of {result['questions']})" for name, result in results.items()}
+    names = ("valid JSON", "right topic", "right answer", "retention", "gained")
+    labels = {name: f"{name}\n(of {results[name]['questions']})" for name in names}
     shares = {
         label: {when: results[name][when] / 100 for when in ("before", "after")}
         for name, label in labels.items()
