@@ -155,3 +155,20 @@ def test_threads_spin_briefly_unless_told_otherwise(environment, spins):
         text=True,
     )
     assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr
+
+
+def test_quiet_transformers_leaves_bars_as_they_were():
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    try:
+        for switch, after in (
+            (logging.disable_progress_bar, False),
+            (logging.enable_progress_bar, True),
+        ):
+            switch()
+            with runtime.quiet_transformers():
+                assert not logging.is_progress_bar_enabled()
+            assert logging.is_progress_bar_enabled() == after
+    finally:
+        (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
