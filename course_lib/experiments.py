@@ -234,7 +234,7 @@ def week_experiment() -> Experiment:
         answers = evaluation.evaluate(base, test, few, shots)
         scores = {"response loss": evaluation.score_answers(base, test, few, shots).loss}
         scores |= {name: 100 * answers.rate(name.lower().replace(" ", "_")) for name in rates}
-        for name, questions in plain.items():
+        for name, questions in () if shots else plain.items():  # the examples are of the task
             scores[name] = 100 * evaluation.evaluate_retention(base, questions).rate
         return scores
 
@@ -379,7 +379,10 @@ def summary(sweep: Sweep, *measures: str) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"method": label, "trained": f"{runs[0].trained:,}"}
         for name in measures or sweep.measures:
             measure = (sweep.measures | COSTS)[name]
-            values = [run.values[name] for run in runs]
+            values = [run.values[name] for run in runs if name in run.values]
+            if not values:  # not asked of this method
+                row[f"{name} ({measure.unit})"] = "—"
+                continue
             text = spread(values, DIGITS[measure.unit]) if any(values) or name not in COSTS else ""
             if measure.questions:
                 text += " [{:.0f}, {:.0f}]".format(

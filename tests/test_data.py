@@ -487,10 +487,10 @@ def test_the_table_of_the_week_has_three_seeds_a_method_and_begins_untouched():
     untouched, prompted, *trained = experiments.read("week").by_label().values()
     assert (len(untouched), len(prompted), {len(runs) for runs in trained}) == (1, 2, {3})
     assert untouched[0].scores["valid JSON"] == 0
-    for run in (untouched[0], *prompted):  # of the same weights
-        assert (run.scores["retention"], run.scores["gained"]) == (100, 0), (
-            "retention asks what the untouched model answers, gained what it does not"
-        )
+    assert (untouched[0].scores["retention"], untouched[0].scores["gained"]) == (100, 0), (
+        "retention asks what the untouched model answers, gained what it does not"
+    )
+    assert not any("retention" in run.scores for run in prompted), "examples are of the task alone"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,14 @@ def labels(prompt, answer, eos, masked=IGNORED, token=lambda token: token, last=
     return ids, [masked] * len(prompt) + [*map(token, answer), eos if last is None else last]
 
 
+def listed(function, prompt_ids, answer_ids, eos_id):
+    """The ids and the labels, which must be lists, since a batch pads them with lists."""
+    found = function(prompt_ids, answer_ids, eos_id)
+    if not isinstance(found, tuple | list):
+        return found
+    return [part if isinstance(part, list | int) else f"a {type(part).__name__}" for part in found]
+
+
 EXERCISES["E1.1"] = Exercise(
     lambda prompt_ids, answer_ids, eos_id: labels(prompt_ids, answer_ids, eos_id),
     [
@@ -54,9 +62,12 @@ EXERCISES["E1.1"] = Exercise(
         lambda p, a, eos: labels(p[:-1], [*p[-1:], *a], eos),
         "expected two lists, ids and labels: you return the ids alone",
         lambda *a: labels(*a)[0],
+        "you return tensors, expected lists: the batch pads them before it makes tensors",
+        lambda *a: [torch.tensor(part) for part in labels(*a)],
     ),
     lambda prompt_ids, *rest: {"masked": len(prompt_ids)},
     "the first {masked} labels are -100, the others are the ids at their places",
+    ask=listed,
 )
 
 

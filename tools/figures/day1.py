@@ -326,19 +326,20 @@ def stated(notebook: Notebook) -> Statements:
         "Answers that stand in no": [f"rose from {before} to {after} of {unseen}"],
         "What was lost": [
             f"{lost} of {known} lost, {gained} of {unknown} gained",
-            "{} to {} % lost, {} to {} % gained".format(*reworded()),
+            f"{int(known) - int(lost) + int(gained)} right of {int(known) + int(unknown)}",
+            f"Untouched: {known}, and in other words {min(reworded())} to {max(reworded())}",
         ],
     }
 
 
 def reworded() -> list[int]:
-    """The smallest and largest share, in percent, that the untouched model loses and gains if the
-    plain questions are put in other words.
-    """
-    others = experiments.read("plain_questions").outcomes[1:]  # the first is as they are
-    lost = [100 - run.scores["retention"] for run in others]
-    gained = [run.scores["gained"] for run in others]
-    return [round(end) for each in (lost, gained) for end in (min(each), max(each))]
+    """How many of all plain questions the untouched model answers, put in other words."""
+    sweep = experiments.read("plain_questions")
+    asked = {name: sweep.measures[name].questions for name in ("retention", "gained")}
+    return [
+        round(sum(run.scores[name] * number / 100 for name, number in asked.items()))
+        for run in sweep.outcomes[1:]  # the first is as they are
+    ]
 
 
 def details(notebook: Notebook) -> list[str]:

@@ -99,6 +99,9 @@ def week_rows(*methods: str) -> list[Row]:
             "trained": f"{runs[0].trained / 1e6:.1f}M" if runs[0].trained else "0",
         }
         for name, measure in sweep.measures.items():
+            if name not in runs[0].scores:
+                row[f"{name}, %"] = "—"
+                continue
             mean = replace(sweep, outcomes=runs).mean(name)
             if measure.questions:
                 low, high = evaluation.interval(mean, measure.questions)
