@@ -298,7 +298,8 @@ class Headline:
     slides and the tests read.
 
     results: measure -> {"before": number, "after": number, "unit": "percent" or another,
-        "questions": how many a percentage is of, "guess": what the reader expected}
+        "questions": how many a percentage is of, "guess": what the reader expected,
+        "by_selection": true if "before" was chosen by selecting the questions, not measured}
 
     >>> topic = {"before": 0.0, "after": 93.0, "unit": "percent", "questions": 100}
     >>> Headline({"right topic": topic})
@@ -323,7 +324,8 @@ class Headline:
             if value is None:
                 return ""
             if result["unit"] == "percent":
-                return percent(value / 100, result["questions"])
+                chosen = when == "before" and result.get("by_selection")
+                return f"{value:.0f} %" if chosen else percent(value / 100, result["questions"])
             return (
                 f"{value:,.3g} {result['unit']}"
                 if isinstance(value, float)

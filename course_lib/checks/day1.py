@@ -103,6 +103,18 @@ def filled(
     )
 
 
+def whole(function, rows, pad_id):
+    """What a batch holds, which must be whole numbers: the model uses them as indices."""
+    found = function(rows, pad_id)
+    if not isinstance(found, tuple | list):
+        return found
+    kinds = [getattr(part, "dtype", torch.int64) for part in found]
+    return [
+        part if kind in (torch.int64, torch.bool) else f"a tensor of {kind}"
+        for part, kind in zip(found, kinds, strict=True)
+    ]
+
+
 EXERCISES["E1.2"] = Exercise(
     lambda rows, pad_id: padded(rows, pad_id),
     [
@@ -146,12 +158,16 @@ EXERCISES["E1.2"] = Exercise(
         lambda rows, pad_id: filled(rows, 0),
         "expected ids, mask and labels: you return two of the three",
         lambda *a: filled(*a)[:2],
+        "your tensors are floats, expected whole numbers, int64: the model uses them as indices",
+        lambda *a: [part.float() for part in padded(*a)],
     ),
     lambda rows, pad_id: {
         "longest": max(len(ids) for ids, _ in rows),
         "real": sum(len(ids) for ids, _ in rows),
     },
-    "ids are padded with pad_id up to {longest}, labels with -100; the mask has {real} ones",
+    "ids are padded with pad_id up to {longest}, labels with -100, all of them int64; the mask has "
+    "{real} ones",
+    whole,
 )
 
 
