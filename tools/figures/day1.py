@@ -308,6 +308,7 @@ def stated(notebook: Notebook) -> Statements:
     template = Record("Give the capital of this country.", "Copenhagen", input="Denmark").prompt
     alpacas_steps = round(ALPACA_EPOCHS * ALPACA_RECORDS / ALPACA_BATCH)
     return {
+        "A plain base, before": opening_rows(notebook),
         "A model is a distribution": [f"each of {vocabulary} tokens"],
         "A template turns": [template],
         "The same recipe at two sizes": [
@@ -330,6 +331,27 @@ def stated(notebook: Notebook) -> Statements:
             f"Untouched: {known}, and in other words {min(reworded())} to {max(reworded())}",
         ],
     }
+
+
+def opening_rows(notebook: Notebook) -> list[str]:
+    """Three questions of the opening with their replies, and how many of all were right."""
+    rows = {row["question"].strip(): row for row in table_rows(notebook, "tiny_before = ")}
+    chosen = ("Write the plural of the word. hammer", "Translate the word into Velan. hat")
+    exact = [
+        found(
+            notebook, "tiny_before = ", rf"{when} *: of (\d+) replies [^\n]* (\d+) also end there"
+        )
+        for when in ("before", "after")
+    ]
+    return [
+        *(
+            "| {} | {} | {} |".format(asked, row["before"].replace("\n", " ↵ "), row["after"])
+            for asked, row in rows.items()
+            if asked in chosen
+        ),
+        f"Of {exact[0][0]} replies, {exact[0][1]} were the right answer",
+        f"after 90 steps {exact[1][1]} are",
+    ]
 
 
 def reworded() -> list[int]:
