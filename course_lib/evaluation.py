@@ -386,10 +386,10 @@ def perplexity(base: "Loaded", texts: Sequence[str], batch_size: int = 8) -> flo
     """exp of the mean of -log p(token | the tokens of its text before it), over all tokens of all
     texts but each text's first one.
 
-    Between how many equally likely tokens the model hesitates, on average. It is counted a token,
-    so two models compare only if they share a tokenizer. Before a text stands what the tokenizer
-    puts there by default, such as BOS. Raises CourseError if a text has fewer than two tokens,
-    or more than the model has positions.
+    The model is as surprised as by a fair draw among that many tokens, on average. It is counted a
+    token, so two models compare only if they share a tokenizer. Before a text stands what the
+    tokenizer puts there by default, such as BOS. Raises CourseError if a text has fewer than two
+    tokens, or more than the model has positions.
     """
     _check_batch_size(batch_size)
     longest, start = most_positions(base.model), beginning(base.tokenizer)

@@ -42,7 +42,7 @@ BILLS = {
     ),
     "bf16": Bill(
         about="bf16 weights and gradients, float32 moments, no master copy",
-        source="the 783 GB for 65B in QLoRA, arXiv 2305.14314, section 1",
+        source="more than 780 GB for 65B in QLoRA, arXiv 2305.14314, section 1",
         weights=2, gradients=2, moments=8,
     ),
     "fp32": Bill(

@@ -128,6 +128,17 @@ def use(name: str, function: Function) -> Function:
     return find(name).reference
 
 
+def built(*functions: Function) -> str:
+    """How many of these pieces, as `use` gave them, the learner wrote; the others are references.
+
+    >>> built(find("E1.1").reference, len)
+    '1 of 2 pieces of your own'
+    """
+    references = [exercise.reference for exercise in exercises().values()]
+    own = sum(function not in references for function in functions)
+    return say("{own} of {all} pieces of your own", own=own, all=len(functions))
+
+
 @cache
 def exercises() -> dict[str, Exercise]:
     """All exercises by name, day by day."""

@@ -265,6 +265,8 @@ EXERCISES["E1.3"] = Exercise(
         lambda x, y: score(x, y, lambda x: x.log_softmax(1)).mean(),
         "your softmax runs over the rows: over the vocabulary, the last dimension",
         lambda x, y: score(x, y, lambda x: x.log_softmax(0)).mean(),
+        "a softmax that becomes 0 has the logarithm minus infinity: use log_softmax",
+        lambda x, y: score(x, y, lambda x: x.softmax(-1).log()).mean(),
         "e^x overflows for large logits, and log 0 is infinite: use log_softmax",
         lambda x, y: score(x, y, lambda x: (x.exp() / x.exp().sum(-1, True)).log()).mean(),
     ),

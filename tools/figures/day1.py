@@ -92,7 +92,7 @@ def mask_pieces(notebook: Notebook) -> list[Piece]:
 
 def draw_before_after(notebook: Notebook) -> Axes:
     results = headline(notebook)
-    names = ("valid JSON", "right topic", "right answer", "retention", "gained")
+    names = ("valid JSON", "right topic", "right answer", "plain questions")
     labels = {name: f"{name}\n(of {results[name]['questions']})" for name in names}
     shares = {
         label: {when: results[name][when] / 100 for when in ("before", "after")}
@@ -315,7 +315,7 @@ def stated(notebook: Notebook) -> Statements:
             f"| optimizer steps | about {alpacas_steps:,} | {steps} |"
         ],
         "Only the answer": [f"{sum(trained for _, trained in pieces)} of {len(pieces)} tokens"],
-        "The loss: mean": [f"between {perplexity} tokens"],
+        "The loss: mean": [f"among {perplexity} tokens"],
         "Ten examples in the prompt": [
             f"Valid JSON: {json[0]} and {json[1]} %",
             f"right topic: {topic[0]} and {topic[1]} %",
@@ -336,6 +336,7 @@ def stated(notebook: Notebook) -> Statements:
 def opening_rows(notebook: Notebook) -> list[str]:
     """Three questions of the opening with their replies, and how many of all were right."""
     rows = {row["question"].strip(): row for row in table_rows(notebook, "tiny_before = ")}
+    (unseen,) = found(notebook, "my_finetune(pupil", r"after[^\n]* (\d+) also end there")
     chosen = ("Write the plural of the word. hammer", "Translate the word into Velan. hat")
     exact = [
         found(
@@ -351,6 +352,7 @@ def opening_rows(notebook: Notebook) -> list[str]:
         ),
         f"Of {exact[0][0]} replies, {exact[0][1]} were the right answer",
         f"after 90 steps {exact[1][1]} are",
+        f"instruction never trained: {unseen} of 60",
     ]
 
 
@@ -396,7 +398,6 @@ def said(notebook: Notebook) -> Statements:
         "from {} to {} percent: that is the new behaviour".format(*result["valid JSON"]),
         f"right topic follows, {result['right topic'][1]} percent",
         "rises from {} to {} percent".format(*result["right answer"]),
-        "retention falls from {} to {}".format(*result["retention"]),
-        f"{result['gained'][1]} percent of the others are gained",
+        "of the plain questions {} and {} percent".format(*result["plain questions"]),
     ]
     return {"The form: from never to nearly always": statements}
