@@ -142,7 +142,7 @@ def scaling_of_the_week(machine: Machine) -> Sweep:
 
 
 def where(machine: Machine) -> Sweep:
-    """As many trained weights in different layers of tiny, or in whole blocks, at three rates."""
+    """As many trained weights in different layers of tiny, or in whole blocks, at four rates."""
     model = surgery.empty_model("tiny")
     attention, feed_forward = (
         ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -166,12 +166,12 @@ def where(machine: Machine) -> Sweep:
         rank = 2 * rank_one["all linear"] // rank_one[name]
         methods += [
             Method("LoRA", rate, {"rank": rank, "layers": name}, adapted(rank, targets=targets))
-            for rate in (2e-3, 5e-3, 1e-2)
+            for rate in (2e-3, 5e-3, 1e-2, 2e-2)
         ]
     methods += [
         Method("last blocks", rate, {"blocks": count}, last_blocks(count))
         for count in (1, 2)
-        for rate in (5e-4, 1e-3, 2e-3)
+        for rate in (5e-4, 1e-3, 2e-3, 4e-3)
     ]
     return compare(methods, world_experiment(), machine)
 

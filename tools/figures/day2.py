@@ -1,14 +1,11 @@
 """The figures of Day 2, and the tables of its deck that are measured."""
 
 import re
-import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 
 from course_lib import experiments, plots, surgery
 from course_lib.experiments import Outcome, Sweep
@@ -16,12 +13,9 @@ from course_lib.plots import ACCENT, GOOD, INK, PALE
 from tools.figures.drawing import (
     MASKED,
     MUTED,
-    TRAINED,
-    WIDE,
     Notebook,
     Row,
     Statements,
-    arrow,
     box,
     canvas,
     centred,
@@ -53,7 +47,6 @@ def figures(notebook: Notebook) -> dict[str, Callable[[], Axes]]:
         "forgetting": draw_forgetting,
         "new_words": draw_new_words,
         "blend": lambda: draw_blend(notebook),
-        "fusion": lambda: draw_fusion(notebook),
     }
 
 
@@ -65,7 +58,6 @@ def tables(notebook: Notebook) -> list[list[Row]]:
         result_rows(notebook),
         week_rows(*WEEK),
         rank_rows(),
-        audit_rows(),
         merge_rows(notebook),
         checkpoint_rows(notebook),
     ]
@@ -135,23 +127,6 @@ def cut_rows() -> list[Row]:
         for model, label in (("tiny", "tiny"), ("smollm2", "SmolLM2")):
             for others, note in (("others trained", ""), ("others put back", ", rest put back")):
                 row[f"{label}{note}"] = f"{directions(model, others)[k]['exact match']:.0f} %"
-        rows.append(row)
-    return rows
-
-
-def audit_rows() -> list[Row]:
-    """Exact match of rank 64 on `tiny` by scale: at two shared rates, and each at its own."""
-    rows = []
-    for what, runs in (
-        ("both at 0.0005", scales(5e-4)),
-        ("both at 0.002", scales(2e-3)),
-        ("each at its own rate", {scale: scales()[scale] for scale in (2, 8)}),
-    ):
-        row: Row = {"rank 64 on tiny": what}
-        for scale, sweep in runs.items():
-            rate = sweep.outcomes[0].settings["learning rate"]
-            at = f" at {rate:g}" if "own" in what else ""
-            row[f"scale {scale:g}"] = experiments.spread(values(sweep), 1) + at
         rows.append(row)
     return rows
 
@@ -385,40 +360,120 @@ def draw_blend(notebook: Notebook) -> Axes:
     return axes
 
 
-def draw_fusion(notebook: Notebook) -> Axes:
-    """The first fused batch of the notebook: each job's row through the one base, and through its
-    own adapter.
-    """
-    first = printed(notebook, "fusion.schedule(jobs").partition("budget 320:\n")[2].splitlines()[0]
-    tokens = {job: int(count) for job, count in re.findall(r"'(\w+)': (\d+)", first)}
-    axes = canvas(11, 4.6)
-    for x, text in (
-        (1.75, "one row a job, padded"),
-        (5.35, "one product,\nall rows"),
-        (7.75, "own A and B,\nown row"),
-        (10.1, "own loss"),
-    ):
-        centred(axes, x, 4.2, text)
-    box(axes, 5.35, 1.85, 1.5, 3.6, "W0", MASKED, size=24, weight="bold")
-    ys = [3.25 - 0.93 * place for place in range(len(tokens))]
-    for (job, count), y, color in zip(tokens.items(), ys, (GOOD, ACCENT, INK, MUTED), strict=True):
-        full = 3.3
-        own = full * count / max(tokens.values())
-        padding = {"facecolor": "none", "edgecolor": PALE, "hatch": "///", "linewidth": 0}
-        axes.add_patch(Rectangle((0.1, y - 0.28), full, 0.56, **padding))
-        text = f"{job}: {count} tokens"
-        box(axes, 0.1 + own / 2, y, own, 0.56, text, color, color="white", size=15)
-        arrow(axes, (3.5, y), (4.58, y), color)
-        arrow(axes, (6.12, y), (6.95, y), color)
-        axes.text(6.5, y + 0.1, "+", ha="center", va="bottom", color=color, weight="bold")
-        box(axes, 7.32, y, 0.22, 0.62, "", color)
-        box(axes, 8.05, y, 0.9, 0.22, "", color)
-        arrow(axes, (8.65, y), (9.55, y), color)
-        box(axes, 10.1, y, 1.0, 0.5, "loss", TRAINED)
-    return axes
-
-
 # --- what the deck says beside its figures and tables
 
 
-STATED_PLACEHOLDER
+def stated(notebook: Notebook) -> Statements:
+    trained, w0 = found(
+        notebook, "matrix_rank(B @ A)", r"numbers trained: ([\d,]+) instead of ([\d,]+)"
+    )
+    before, on, total = opening(notebook)
+    core, peft = found(
+        notebook,
+        'paths = {"course_lib"',
+        r"yours and course_lib's: .* gradients by at most (\S+)\n"
+        r"yours and peft's: .* gradients by at most (\S+)",
+    )
+    assert max(float(core), float(peft)) < 1e-5
+    count = 'for name, model, targets, rank in (("LLaMA-7B"'
+    counted = {
+        name: found(notebook, count, rf"{name}, .*: ([\d,]+) \+ ([\d,]+) =")
+        for name in ("LLaMA-7B", "Falcon-7B")
+    }
+    fewer, smaller = found(
+        notebook, "GPT3_LAYERS, GPT3_WIDTH", r"weights: ([\d,]+) times.*MiB = ([\d,]+)"
+    )
+    gpt3 = next(row for row in table_rows(notebook, "GPT3_LAYERS, GPT3_WIDTH") if row["r"] == "4")
+    throughput, less = found(notebook, "43.1 / 32.5", r"throughput \+([\d.]+)%, time -([\d.]+)%")
+    adapter, model = found(
+        notebook, '"adapter on disk:', r"adapter on disk: ([\d.]+ MB); the model: (\d+ MB)"
+    )
+    *_, weights = result_rows(notebook)
+    full, lora = (
+        int(weights[column].replace(",", "")) for column in ("Day 1: all weights", "today: LoRA")
+    )
+    energy, chance = round(directions("tiny")[8]["energy"]), random_energy(128, 128)[7]
+    right, committed = found(
+        notebook,
+        "axes = plots.plot_loss(losses, f",
+        r"exact match on 540 questions: ([\d.]+) %; .*: ([\d.]+) %",
+    )
+    return {
+        "Off, on, off": [f"{on} of {total} replies exactly right; off: {before}"],
+        "A few directions": [
+            f"Eight directions: {energy} % for tiny, {chance:.0f} % of a random matrix of its size"
+        ],
+        "Freeze the matrix": [f"{trained} numbers instead of {w0}"],
+        "Twenty lines": [f"Trained on tiny: {right} % exact match, the library {committed} %"],
+        "Count before": [
+            "| LLaMA-7B | q, v | 8 | {1} | {0} | 8 MiB |".format(*counted["LLaMA-7B"]),
+            "| Falcon-7B | query_key_value | 32 | {1} | {0} | 18 MiB |".format(
+                *counted["Falcon-7B"]
+            ),
+            "| GPT-3 | {GPT-3 175B} | 4 | 175 billion | {trained} | {file in fp16} |".format(
+                **gpt3
+            ),
+            f"{fewer} times fewer trained weights, a file {smaller} times smaller",
+        ],
+        "1.8 %": [f"{100 * lora / full:.1f} % of the weights learn the form"],
+        "Merged": [f"On disk: {adapter} for the adapter, {model} for the model"],
+        "Four sentences": [f"{throughput} % more throughput, {less} % less time"],
+    }
+
+
+def opening(notebook: Notebook) -> tuple[str, ...]:
+    """Of the replies in the opening: exactly right before, with the adapter on, and how many."""
+    text = printed(notebook, '"on again": "default"')
+    exact = dict(re.findall(r"^(\w[\w ]*?) *: of .* answer, (\d+) also end there", text, re.M))
+    (total,) = set(re.findall(r": of (\d+) replies", text))
+    assert exact["before"] == exact["off"]
+    assert exact["on"] == exact["on again"]
+    return exact["before"], exact["on"], total
+
+
+def said(notebook: Notebook) -> Statements:
+    best = {rank: round(runs.mean("exact match")) for rank, runs in best_rates().items()}
+    ranks = experiments.read("lora_rank_and_rate")
+    shared = {
+        rank: round(ranks.where(rank=rank, learning_rate=5e-3).mean("exact match"))
+        for rank in (1, 4, 16, 64)
+    }
+    full, lora = found(
+        notebook, "before activations;", r"'full fine-tuning': '([\d.]+) GB', 'LoRA': '([\d.]+) GB'"
+    )
+    seconds = headline(notebook)["training"]["after"]
+    blends = {row["weights"]: row for row in table_rows(notebook, "for opening, close in (")}
+    half, both = blends["0.5 / 0.5"], blends["1 / 1"]
+    full_kept = [
+        round(task_runs("full fine-tuning", rate).mean("retention")) for rate in (5e-5, 1e-4, 2e-4)
+    ]
+    lora_kept = [round(task_runs("LoRA", rate).mean("retention")) for rate in (1e-3, 2e-3, 5e-3)]
+    assert full_kept[0] == full_kept[1]
+    by_scale = {
+        rate: {scale: round(sweep.mean("exact match")) for scale, sweep in scales(rate).items()}
+        for rate in (5e-4, 2e-3, None)
+    }
+    return {
+        "Each rank has": [
+            f"all four lie between {min(best.values())} and {max(best.values())}",
+            f"{shared[1]}, {shared[4]}, {shared[16]} and {shared[64]} percent",
+        ],
+        "Audit": [
+            f"at 0.0005 scale eight wins, {by_scale[5e-4][8]} against {by_scale[5e-4][2]}",
+            f"at 0.002 it loses, {by_scale[2e-3][8]} against {by_scale[2e-3][2]}",
+        ],
+        "1.8 %": [
+            f"take {lora} gigabytes instead of {full}",
+            f"the run took {seconds} seconds",
+        ],
+        "The table of the week": [f"keeps less, {lora_kept[1]} percent against {full_kept[1]}"],
+        "Does LoRA forget less?": [
+            "keeps {1} percent at the two lower rates, and {2} at the highest".format(*full_kept),
+            "LoRA of rank eight: {}, {}, {}".format(*lora_kept),
+        ],
+        "How large": [f"rank one reaches {best[1]} percent and rank sixteen {best[16]}"],
+        "Adapters mix": [
+            "the close survives in {closes} of {of} replies, the opening in {opens}".format(**half),
+            "both ornaments in {both} of {of}".format(**both),
+        ],
+    }
