@@ -328,9 +328,9 @@ def task_runs(method: str, rate: float | None = None) -> Sweep:
 def draw_forgetting() -> Axes:
     """Every run of the task of the week: what it learned, what it kept, and its learning rate."""
     lora = task_runs("LoRA") + experiments.read("lora_rank_of_the_week")
-    lora += experiments.read("lora_scaling_of_the_week").where(scale=2)
     groups = {"full fine-tuning": task_runs("full fine-tuning")}
     groups |= {f"LoRA, r = {rank}": lora.where(rank=rank) for rank in (1, 8, 64)}
+    groups["LoRA, r = 64, scale 8"] = experiments.read("lora_scaling_of_the_week")
     points = {
         name: list(zip(values(runs, "response loss"), values(runs, "retention"), strict=True))
         for name, runs in groups.items()
