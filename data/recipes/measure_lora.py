@@ -176,7 +176,8 @@ def where(machine: Machine) -> Sweep:
 
 def vocabulary(machine: Machine) -> Sweep:
     """The 120 new words again: the embeddings alone, all but the embeddings, LoRA of rank 128, LoRA
-    with the embeddings, each at three rates.
+    with the embeddings, each at three or four rates; and the rates of full fine-tuning and of LoRA
+    of rank 16 that tiny_new_vocabulary lacks.
     """
     records = world.read_kemic()
 
@@ -193,14 +194,16 @@ def vocabulary(machine: Machine) -> Sweep:
 
     ways = (
         ("embeddings alone", {}, embeddings_alone, (2e-3, 5e-3, 1e-2)),
-        ("all but the embeddings", {}, frozen_embeddings, (5e-4, 1e-3, 2e-3)),
+        ("all but the embeddings", {}, frozen_embeddings, (5e-4, 1e-3, 2e-3, 4e-3)),
         (
             "LoRA",
             {"rank": 16, "layers": f"{ALL} and the embeddings"},
             with_embeddings,
             (1e-3, 2e-3, 5e-3),
         ),
-        ("LoRA", {"rank": 128, "layers": ALL}, adapted(128, 128), (5e-4, 1e-3, 2e-3)),
+        ("LoRA", {"rank": 128, "layers": ALL}, adapted(128, 128), (5e-4, 1e-3, 2e-3, 5e-3)),
+        ("LoRA", {"rank": 16, "layers": ALL}, adapted(16), (1e-2,)),
+        ("full fine-tuning", {}, None, (2e-3,)),
     )
     methods = [
         Method(name, rate, settings, prepare)

@@ -68,7 +68,11 @@ def tables(notebook: Notebook) -> list[list[Row]]:
 
 def values(sweep: Sweep, measure: str = "exact match") -> list[float]:
     """Of every outcome, in the measure's unit."""
-    return [outcome.scores[measure] for outcome in sweep.outcomes]
+    return of(measure, sweep.outcomes)
+
+
+def of(measure: str, runs: Sequence[Outcome]) -> list[float]:
+    return [run.scores[measure] for run in runs]
 
 
 def directions(model: str, others: str = "others trained") -> dict[int, dict[str, float]]:
@@ -291,10 +295,15 @@ def draw_where() -> Axes:
 
 
 def draw_new_words() -> Axes:
-    words = experiments.read("tiny_new_vocabulary") + experiments.read("lora_vocabulary")
+    older = experiments.read("tiny_new_vocabulary")
+    words = experiments.read("lora_vocabulary") + older.where("full fine-tuning")
+    best = experiments.at_best_rates(words + older.where("LoRA", rank=16), "exact match")
     bars = {
         label.replace(", all linear layers,", ",").replace(" learning rate", " rate"): runs
-        for label, runs in experiments.at_best_rates(words, "exact match").by_label().items()
+        for label, runs in sorted(
+            best.by_label().items(),
+            key=lambda bar: sum(run.scores["exact match"] for run in bar[1]),
+        )
     }
     embedded = [
         label
@@ -310,7 +319,7 @@ def draw_new_words() -> Axes:
 
 def seed_bars(bars: Mapping[str, list[Outcome]], marked: Sequence[str], xlabel: str) -> Axes:
     """A bar a row: the mean exact match, with its number, and a dot a seed."""
-    scores = {label: [run.scores["exact match"] for run in runs] for label, runs in bars.items()}
+    scores = {label: of("exact match", runs) for label, runs in bars.items()}
     return widened(plots.plot_bars(scores, "", xlabel, marked))
 
 
