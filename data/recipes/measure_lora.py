@@ -134,7 +134,7 @@ def scaling_of_the_week(machine: Machine) -> Sweep:
     """
     methods = [
         Method("LoRA", rate, {"rank": 64, "layers": ALL, "scale": 8}, adapted(64, 512))
-        for rate in (1e-3, 2.5e-4)
+        for rate in (1e-3, 2.5e-4, 5e-4)
     ]
     return compare(methods, week_experiment(), machine)
 

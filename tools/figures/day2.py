@@ -308,7 +308,7 @@ def draw_new_words() -> Axes:
     embedded = [
         label
         for label in bars
-        if label.startswith(("full", "embeddings")) or "and the embeddings" in label
+        if label.startswith(("full", "embeddings")) or "and the emb" in label
     ]
     axes = seed_bars(bars, embedded, "% of 120 words known")
     for color, label in ((GOOD, "embeddings train"), (PALE, "embeddings frozen")):
