@@ -413,7 +413,9 @@ def stated(notebook: Notebook) -> Statements:
             f"Eight directions: {energy} % for tiny, {chance:.0f} % of a random matrix of its size"
         ],
         "Freeze the matrix": [f"{trained} numbers instead of {w0}"],
-        "The method fits": [f"Trained on tiny: {right} % exact match, the library {committed} %"],
+        "The method in code": [
+            f"Trained on tiny: {right} % exact match, the library {committed} %"
+        ],
         "Count before": [
             "| LLaMA-7B | q, v | 8 | {1} | {0} | 8 MiB |".format(*counted["LLaMA-7B"]),
             "| Falcon-7B | query_key_value | 32 | {1} | {0} | 18 MiB |".format(
