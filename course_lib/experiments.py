@@ -362,6 +362,32 @@ def _run(method: Method, seed: int, experiment: Experiment, machine: Machine) ->
     )
 
 
+def at_best_rates(sweep: Sweep, measure: str) -> Sweep:
+    """Of each method with its settings the runs at one learning rate: the one with the best mean of
+    `measure`, which is the lowest of nats and perplexities, the highest of percentages.
+
+    >>> runs = [
+    ...     Outcome("LoRA", {"rank": 2, "learning rate": rate}, 0, 8, {"exact match": score})
+    ...     for rate, score in ((0.1, 50.0), (0.2, 70.0), (0.4, 60.0))
+    ... ]
+    >>> best = at_best_rates(Sweep(runs, {"exact match": Measure("percent", 100)}), "exact match")
+    >>> list(best.by_label())
+    ['LoRA, rank 2, learning rate 0.2']
+    """
+    sign = 1 if sweep.measures[measure].unit == "percent" else -1
+    best: dict[str, list[Outcome]] = {}
+    for runs in sweep.by_label().values():
+        fixed = {name: value for name, value in runs[0].settings.items() if name != "learning rate"}
+        label = replace(runs[0], settings=fixed).label
+        means = [
+            sign * statistics.mean(run.scores[measure] for run in some)
+            for some in (runs, best.get(label, runs))
+        ]
+        if means[0] >= means[1]:
+            best[label] = runs
+    return replace(sweep, outcomes=[run for runs in best.values() for run in runs])
+
+
 def summary(sweep: Sweep, *measures: str) -> list[dict[str, Any]]:
     """A row a method: weights trained, the measures as mean ± standard deviation over seeds.
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, ACCENT, GOOD, PALE = "#1b263b", "#d1495b", "#2a9d8f", "#cfd8dc"
+COLORS = (ACCENT, GOOD, INK, "#c58b1b", "#7a5195", "#8d99ae")  # of lines and groups
 
 
 def plot_loss(losses: Sequence[float], title: str, smooth: int = 5) -> "Axes":
@@ -111,7 +112,7 @@ def plot_lines(
     number.
     """
     axes = _axes(title)
-    for (name, points), color in zip(lines.items(), (ACCENT, GOOD, INK, PALE), strict=False):
+    for (name, points), color in zip(lines.items(), COLORS, strict=False):
         axes.plot(
             list(points),
             list(points.values()),
@@ -135,12 +136,51 @@ def plot_points(
 ) -> "Axes":
     """A dot a run, a color and a marker a group. points: group -> (x, y) pairs."""
     axes = _axes(title)
-    for (group, pairs), color, marker in zip(
-        points.items(), (ACCENT, GOOD, INK, PALE), "os^D", strict=False
-    ):
+    for (group, pairs), color, marker in zip(points.items(), COLORS, "os^DvP", strict=False):
         axes.scatter(*zip(*pairs, strict=True), color=color, marker=marker, s=55, label=group)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(frameon=False)
+    return axes
+
+
+def plot_seeds(
+    lines: Mapping[str, Mapping[float, Sequence[float]]], title: str, xlabel: str, ylabel: str
+) -> "Axes":
+    """A dot a run, and a line through the means over seeds; x on a logarithmic scale.
+
+    lines: name -> x -> the values of all seeds
+    """
+    axes = _axes(title)
+    for (name, points), color, marker in zip(lines.items(), COLORS, "os^DvP", strict=False):
+        means = [sum(seeds) / len(seeds) for seeds in points.values()]
+        axes.plot(list(points), means, color=color, linewidth=2, label=name, marker=marker)
+        for x, seeds in points.items():
+            axes.scatter([x] * len(seeds), seeds, color=color, s=14, alpha=0.5)
+    ticks = sorted({x for points in lines.values() for x in points})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks], rotation=30)
+    axes.minorticks_off()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(frameon=False)
+    return axes
+
+
+def plot_bars(
+    bars: Mapping[str, Sequence[float]], title: str, xlabel: str, marked: Sequence[str] = ()
+) -> "Axes":
+    """A bar a row: the mean over seeds, with its number, and a dot a seed.
+
+    bars: label -> the values of all seeds; marked: labels of the bars in green
+    """
+    axes = _axes(title)
+    means = [sum(seeds) / len(seeds) for seeds in bars.values()]
+    colors = [GOOD if label in marked else PALE for label in bars]
+    axes.barh(list(bars), means, color=colors, height=0.66)
+    for row, (mean, seeds) in enumerate(zip(means, bars.values(), strict=True)):
+        axes.scatter(seeds, [row] * len(seeds), color="white", edgecolor=INK, s=30, zorder=3)
+        axes.text(1.02 * max(seeds), row, f"  {mean:.0f}", va="center", color=INK, weight="bold")
+    axes.invert_yaxis()
+    axes.set(xlabel=xlabel, xlim=(0, 1.12 * max(map(max, bars.values()))))
     return axes
 
 

@@ -191,8 +191,8 @@ def fills(logits, labels):
         ),
         ("E1.7", True, 'found True or False, expected your function: check("E1.7", my_function)'),
         ("E1.5", endless, "stopped after 1 seconds"),
-        ("E2.7", lambda weight, adapters, shares: weight, "[(<tensor 2 x 4>, <tensor 3 x 2>, 6),"),
-        ("E2.4", lambda x, upstream, a, b, alpha: 1.5, "is a number, expected a list"),
+        ("E2.9", lambda weight, adapters, shares: weight, "[(<tensor 2 x 4>, <tensor 3 x 2>, 6),"),
+        ("E2.7", lambda x, upstream, a, b, alpha: 1.5, "is a number, expected a list"),
         (
             "E1.1",
             lambda prompt, answer, eos: (

@@ -135,14 +135,14 @@ EQUIVALENT = {
         "weights_and_gradients + moments + (4 if master_copy else 0) -> "
         "(4 if master_copy else 0) + (weights_and_gradients + moments)",
     },
-    "E2.2": {"rows + columns -> columns + rows"},
-    "E2.3": {"x @ weight.T + scale * (x @ a.T @ b.T) -> scale * (x @ a.T @ b.T) + x @ weight.T"},
-    "E2.5": {
+    "E2.1": {"base(x) + scale * (x @ a.T @ b.T) -> scale * (x @ a.T @ b.T) + base(x)"},
+    "E2.4": {"weight + alpha / len(a) * b @ a -> alpha / len(a) * b @ a + weight"},
+    "E2.6": {"rows + columns -> columns + rows"},
+    "E2.8": {
         "rows + columns -> columns + rows",
         "min(budget // rank_one, min((min(shape) for shape in shapes))) -> "
         "min(min((min(shape) for shape in shapes)), budget // rank_one)",
     },
-    "E2.6": {"weight + alpha / len(a) * b @ a -> alpha / len(a) * b @ a + weight"},
 }
 SWAPS = {
     ast.Add: [ast.Sub],

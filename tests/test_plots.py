@@ -72,3 +72,19 @@ def test_lines_and_points_hold_what_was_given_with_a_color_for_each_name():
         [[3, 4]],
     ]
     assert [text.get_text() for text in dots.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_seeds_are_dots_around_the_line_of_their_means():
+    axes = plots.plot_seeds({"r = 1": {0.1: [1.0, 3.0], 1.0: [5.0]}}, "It rises", "rate", "%")
+    assert axes.lines[0].get_xydata().tolist() == [[0.1, 2.0], [1.0, 5.0]]
+    dots = [group.get_offsets().tolist() for group in axes.collections]
+    assert dots == [[[0.1, 1], [0.1, 3]], [[1, 5]]]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.1", "1"]
+
+
+def test_bars_show_their_mean_and_every_seed():
+    axes = plots.plot_bars({"q": [10.0, 30.0], "all": [80.0]}, "All is best", "%", marked=["all"])
+    assert [bar.get_width() for bar in axes.patches] == [20, 80]
+    assert [text.get_text().strip() for text in axes.texts] == ["20", "80"]
+    assert sum(len(group.get_offsets()) for group in axes.collections) == 3
+    assert axes.patches[0].get_facecolor() != axes.patches[1].get_facecolor()

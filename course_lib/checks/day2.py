@@ -1,8 +1,8 @@
-"""The exercises of Day 2: rank, counts, LoRA's forward and backward pass, merging, blending, batch
-fusion.
+"""The exercises of Day 2, in the order of the notebook: the core, which is LoRA's forward pass, its
+start, its injection and its merge; then ranks, counts, gradients, budgets, blends, fused batches.
 
 The letters are those of the paper (Hu et al. 2021, arXiv 2106.09685, section 4.1): `a` is (r, in),
-`b` is (out, r), the update of a `weight` (out, in) is (alpha / r) B A. All entries are multiples of
+`b` is (out, r), the update of a weight (out, in) is (alpha / r) B A. All entries are multiples of
 1/4: the order of the products makes no difference.
 """
 
@@ -11,6 +11,8 @@ import random
 from functools import partial
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from course_lib.checks import Exercise, known
 
@@ -58,7 +60,424 @@ def adapter(rows, columns, rank):
     return matrix(rank, columns), matrix(rows, rank), rank * DRAW.choice(SCALES)
 
 
-# E2.1 How low is the rank?
+# --- E2.1 The forward pass
+
+
+class LargeMatrices(TorchFunctionMode):
+    """Notes in `found` whether a new matrix of the shape of `weight`, or its transpose, is made."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.own, self.found = weight.untyped_storage().data_ptr(), False
+        self.shapes = (tuple(weight.shape), tuple(weight.T.shape))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and tuple(result.shape) in self.shapes:
+            self.found |= result.untyped_storage().data_ptr() != self.own
+        return result
+
+
+def layer_output(function, x, weight, bias, a, b, alpha):
+    """What a frozen linear layer with this weight (out, in) and bias gives for x (N, T, in) with an
+    adapter; whether a and b get gradients; whether a large matrix is made on the way.
+    """
+    out, columns = weight.shape
+    base = nn.Linear(columns, out, device="meta").requires_grad_(False)
+    base.weight, base.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
+    with torch.enable_grad(), LargeMatrices(base.weight) as large:
+        found = function(x, base, a.requires_grad_(), b.requires_grad_(), alpha)
+    gradients = "no gradient for a and b"
+    if isinstance(found, torch.Tensor) and found.requires_grad:
+        both = torch.autograd.grad(found.sum(), (a, b), retain_graph=True, allow_unused=True)
+        missing = [name for name, one in zip("ab", both, strict=True) if one is None]
+        gradients = f"no gradient for {' and '.join(missing)}" if missing else "gradients"
+    return [found, gradients, "a large matrix" if large.found else "small ones"]
+
+
+def lora(x, base, a, b, alpha, scale=right_scale):
+    return base(x) + scale(alpha, len(a)) * (x @ a.T @ b.T)
+
+
+def tall(x, base, a, b, alpha, by):
+    """Divided by `by` in place of r."""
+    return lora(x, base, a, b, alpha * len(a) / by)
+
+
+def case(n, t, out, columns, rank, draw=matrix):
+    x = torch.stack([draw(t, columns) for _ in range(n)])
+    a, b, alpha = adapter(out, columns, rank)
+    return x, draw(out, columns), draw(1, out)[0], a, b, alpha
+
+
+EXERCISES["E2.1"] = Exercise(
+    lora,
+    [
+        (
+            *(torch.stack([whole(2, 3)]), whole(4, 3), whole(1, 4)[0]),
+            *(whole(2, 3), whole(4, 2), 6),
+        ),
+        case(1, 1, 2, 4, 1),
+        case(3, 2, 6, 5, 4),
+        case(2, 4, 3, 7, 3),
+        case(4, 3, 5, 6, 1),
+        (*case(2, 3, 5, 4, 3)[:4], torch.zeros(5, 3), 6),  # B starts at zero
+    ],
+    known(
+        *wrongly_scaled(lora),
+        "you divide by out: r is the number of rows of a",
+        lambda x, base, a, b, alpha: tall(x, base, a, b, alpha, len(b)),
+        "you divide by in: r is the number of rows of a",
+        lambda x, base, a, b, alpha: tall(x, base, a, b, alpha, a.shape[1]),
+        "you divide by N: r is the number of rows of a",
+        lambda x, base, a, b, alpha: tall(x, base, a, b, alpha, len(x)),
+        "you divide by the number of entries of a: r is the number of its rows",
+        lambda x, base, a, b, alpha: tall(x, base, a, b, alpha, a.numel()),
+        "your result is the frozen layer alone: the update is missing",
+        lambda x, base, a, b, alpha: base(x),
+        "your result is the update alone: the frozen layer, base(x), is missing",
+        lambda x, base, a, b, alpha: alpha / len(a) * (x @ a.T @ b.T),
+        "you scale the frozen layer, too: only the update is multiplied by alpha / r",
+        lambda x, base, a, b, alpha: alpha / len(a) * (base(x) + x @ a.T @ b.T),
+        "you multiply frozen layer and update: add them",
+        lambda x, base, a, b, alpha: base(x) * (alpha / len(a) * (x @ a.T @ b.T)),
+        "the bias of the frozen layer is missing: call base(x), which adds it",
+        lambda x, base, a, b, alpha: lora(x, base, a, b, alpha) - base.bias,
+        "the frozen layer stands in your sum twice",
+        lambda x, base, a, b, alpha: lora(x, base, a, b, alpha) + base(x),
+        "the update goes through the frozen layer: both take the same x, and their results add up",
+        lambda x, base, a, b, alpha: base(x) + alpha / len(a) * (base(x) * 0 + x.sum()),
+        "the result is right, but you form all of B A, as large as the frozen weight: take x down "
+        "to r numbers first, then up",
+        lambda x, base, a, b, alpha: base(x) + alpha / len(a) * (x @ (b @ a).T),
+        "your update is cut off from its gradient: no detach, no .data, no torch.no_grad",
+        lambda x, base, a, b, alpha: lora(x, base, a.detach(), b.detach(), alpha),
+        "you return the merged weight: return the output for x",
+        lambda x, base, a, b, alpha: base.weight + alpha / len(a) * b @ a,
+    ),
+    otherwise="expected what the frozen layer gives plus alpha / r times what A and B make of the "
+    "same x",
+    ask=layer_output,
+)
+
+
+# --- E2.2 The start
+
+
+def started(function, d_in, d_out, rank, seed):
+    """What A and B are like that your function makes for a layer with d_in inputs and d_out
+    outputs.
+    """
+
+    def drawn(seed):
+        found = function(d_in, d_out, rank, torch.Generator().manual_seed(seed))
+        pair = found if isinstance(found, tuple | list) else [found]
+        return [part.detach() if isinstance(part, torch.Tensor) else part for part in pair]
+
+    with torch.random.fork_rng(devices=[]):
+        pair, again, other = drawn(seed), drawn(seed), drawn(seed + 1)
+    if len(pair) != 2 or not all(isinstance(part, torch.Tensor) for part in pair):
+        return {"you return": " and ".join(type(part).__name__ for part in pair)}
+    a, b = pair
+    shapes = {"shape of A": list(a.shape), "shape of B": list(b.shape)}
+    if [*shapes.values()] != [[rank, d_in], [d_out, rank]]:
+        return {"you return": "Tensor and Tensor"} | shapes
+    largest = a.abs().max().item()
+    ends = {"1 / sqrt(d_in)": 1 / math.sqrt(d_in), "1": 1.0}
+    up_to = [name for name, end in ends.items() if 0.9 * end < largest <= 1.0001 * end]
+    even = abs(a.std().item() * math.sqrt(3) / max(largest, 1e-9) - 1) < 0.15
+    source = ("the generator", "the same numbers for all") if torch.equal(a, again[0]) else ("",)
+    return {
+        "you return": "Tensor and Tensor",
+        **shapes,
+        "numbers": f"{a.dtype} and {b.dtype}",
+        "B A": "not zero" if (b @ a).any() else "zero",
+        "A": "random" if a.any() else "zero",
+        "B": "random" if b.any() else "zero",
+        "largest of A": up_to[0] if up_to else "another",
+        "A has negative numbers": bool((a < 0).any()),
+        "A is spread": "evenly" if even else "unevenly",
+        "A comes from": source[torch.equal(a, other[0])] if source[0] else "elsewhere",
+    }
+
+
+def start(d_in, d_out, rank, generator, bound=None, a_zero=False, b_zero=True):
+    bound = 1 / math.sqrt(d_in) if bound is None else bound
+    a = (2 * torch.rand(rank, d_in, generator=generator) - 1) * bound
+    b = torch.zeros(d_out, rank) if b_zero else torch.rand(d_out, rank, generator=generator)
+    return a * (not a_zero), b
+
+
+def kaiming_start(d_in, d_out, rank, generator):
+    """With the numbers of `lora.LowRank`, so that the reference trains as the library does."""
+    a = torch.empty(rank, d_in)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+    return a, torch.zeros(d_out, rank)
+
+
+EXERCISES["E2.2"] = Exercise(
+    lambda d_in, d_out, rank, generator: kaiming_start(d_in, d_out, rank, generator),
+    [(40, 20, 4, 0), (200, 48, 8, 1), (64, 96, 8, 2), (256, 32, 3, 3)],
+    known(
+        "both are zero: then neither gets a gradient, and nothing will ever be learned",
+        partial(start, a_zero=True),
+        "both are random: then B A is not zero, and a new adapter changes the model",
+        partial(start, b_zero=False),
+        "A is zero and B random: that would work, too, but LoRA does it the other way round",
+        partial(start, a_zero=True, b_zero=False),
+        "A is normally distributed: every value between the two bounds is to be as likely",
+        lambda d_in, d_out, rank, generator: (
+            torch.randn(rank, d_in, generator=generator) / math.sqrt(d_in),
+            torch.zeros(d_out, rank),
+        ),
+        "A lies between 0 and 1: expected between minus and plus 1 / sqrt(d_in)",
+        lambda d_in, d_out, rank, generator: (
+            torch.rand(rank, d_in, generator=generator),
+            torch.zeros(d_out, rank),
+        ),
+        "A is never negative: expected between minus and plus 1 / sqrt(d_in)",
+        lambda d_in, d_out, rank, generator: (
+            torch.rand(rank, d_in, generator=generator) / math.sqrt(d_in),
+            torch.zeros(d_out, rank),
+        ),
+        "A lies between -1 and 1: divide by the square root of d_in",
+        partial(start, bound=1.0),
+        "A is drawn from torch's global generator: use the one that you are given",
+        lambda d_in, d_out, rank, generator: start(d_in, d_out, rank, None),
+        "your generator is made anew, so that every layer gets the same numbers: use the given one",
+        lambda d_in, d_out, rank, generator: start(
+            d_in, d_out, rank, torch.Generator().manual_seed(0)
+        ),
+        "A and B have each other's shape: A is (rank, d_in), B is (d_out, rank)",
+        lambda *arguments: kaiming_start(*arguments)[::-1],
+        "A and B are transposed: A is (rank, d_in), B is (d_out, rank)",
+        lambda *arguments: [part.T for part in kaiming_start(*arguments)],
+        "expected A and B: you return one of the two",
+        lambda *arguments: kaiming_start(*arguments)[0],
+        "A and B are float64: the model computes with float32",
+        lambda *arguments: [part.double() for part in kaiming_start(*arguments)],
+    ),
+    otherwise="expected A (rank, d_in), drawn evenly between minus and plus 1 / sqrt(d_in) from "
+    "the generator, and B (d_out, rank), so that B A is zero and one of the two is not",
+    ask=started,
+)
+
+
+# --- E2.3 The injection
+
+
+class Wrapped(nn.Module):
+    """Stands for the learner's LoRA layer: a frozen layer inside, a weight of its own."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.own = base, nn.Parameter(torch.zeros(1))
+
+
+class Leaf(nn.Module):
+    """A module with a weight that is no linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+
+def built(layers):
+    """A model with a linear layer at each of these paths; those that end in ! hold another
+    module.
+    """
+    model = nn.Module()
+    for path in layers:
+        *blocks, name = path.rstrip("!").split(".")
+        parent = model
+        for block in blocks:
+            if not hasattr(parent, block):
+                parent.add_module(block, nn.Module())
+            parent = getattr(parent, block)
+        parent.add_module(name, Leaf() if path.endswith("!") else nn.Linear(2, 2, device="meta"))
+    return model
+
+
+def injected(function, layers, targets):
+    """What a model with these layers, of which those with a ! are not linear, looks like after your
+    function has wrapped the targets.
+    """
+    model, wrapped = built(layers), []
+
+    def wrap(layer):
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(f"wrap(layer) takes a linear layer, found a {type(layer).__name__}")
+        wrapped.append(layer)
+        return Wrapped(layer)
+
+    paths = {id(module): path for path, module in model.named_modules()}
+    function(model, targets, wrap)
+    inside = [path for path, module in model.named_modules() if isinstance(module, Wrapped)]
+    return {
+        "wrapped, in order": [paths[id(layer)] for layer in wrapped],
+        "in their places": sorted(inside),
+        "train": sorted(name for name, w in model.named_parameters() if w.requires_grad),
+    }
+
+
+def inject(model, targets, wrap, chosen=lambda path, name, targets: name in targets, linear=True):
+    """chosen: is a module wrapped; linear: only a linear layer."""
+    model.requires_grad_(False)
+    for path, module in list(model.named_modules()):
+        parent, _, name = path.rpartition(".")
+        if path and chosen(path, name, targets) and (isinstance(module, nn.Linear) or not linear):
+            setattr(model.get_submodule(parent), name, wrap(module))
+
+
+def injected_and(change):
+    """A right injection, then `change(model)`."""
+
+    def function(model, targets, wrap):
+        inject(model, targets, wrap)
+        change(model)
+
+    return function
+
+
+def nothing_frozen(model, targets, wrap):
+    inject(model, targets, wrap)
+    model.requires_grad_(True)
+
+
+def base_frozen(model, targets, wrap):
+    nothing_frozen(model, targets, wrap)
+    for module in model.modules():
+        if isinstance(module, Wrapped):
+            module.base.requires_grad_(False)
+
+
+def not_put(model, targets, wrap):
+    inject(model, targets, lambda layer: (wrap(layer), layer)[1])
+
+
+def at_the_top(model, targets, wrap):
+    model.requires_grad_(False)
+    for path, module in list(model.named_modules()):
+        name = path.rpartition(".")[2]
+        if name in targets and isinstance(module, nn.Linear):
+            setattr(model, name, wrap(module))
+
+
+def first_only(model, targets, wrap):
+    model.requires_grad_(False)
+    for path, module in list(model.named_modules()):
+        parent, _, name = path.rpartition(".")
+        if name in targets and isinstance(module, nn.Linear):
+            return setattr(model.get_submodule(parent), name, wrap(module))
+    return None
+
+
+def children_only(model, targets, wrap):
+    model.requires_grad_(False)
+    for name, module in list(model.named_children()):
+        if name in targets and isinstance(module, nn.Linear):
+            setattr(model, name, wrap(module))
+
+
+def first_target(model, targets, wrap):
+    inject(model, targets[:1], wrap)
+
+
+def in_a_copy(model, targets, wrap):
+    return Wrapped(model)
+
+
+EXERCISES["E2.3"] = Exercise(
+    inject,
+    [
+        (["block.q_proj", "block.v_proj", "block.norm!", "head"], ["v_proj"]),
+        (
+            ["embed!", "0.attn.q_proj", "0.attn.k_proj", "0.mlp.up", "1.attn.q_proj", "1.norm!"],
+            ["q_proj", "up"],
+        ),
+        # names that begin, end or lie like a target
+        (["q_proj", "b.mq_proj", "b.q_proj.inner", "b.q_proj_norm!", "c.q_proj"], ["q_proj"]),
+        (["0.q_proj!", "0.v_proj", "1.q_proj", "norm!"], ["v_proj", "q_proj"]),
+        (["0.q_proj", "norm!"], ["k_proj"]),
+    ],
+    known(
+        "nothing trains: you freeze the new layers, too; freeze the model before you wrap",
+        injected_and(lambda model: model.requires_grad_(False)),
+        "the whole model still trains: freeze it before you wrap",
+        nothing_frozen,
+        "only the wrapped layers are frozen: all that the model had is to be frozen, norms and "
+        "embeddings, too",
+        base_frozen,
+        "you wrap layers but do not put them into the model: setattr(parent, name, new)",
+        not_put,
+        "your layers stand at the top of the model: put each into its own parent, "
+        "model.get_submodule(parent)",
+        at_the_top,
+        "you stop after the first layer: does your loop return too early?",
+        first_only,
+        "you look only at the children of the model: model.named_modules() goes all the way down",
+        children_only,
+        "only the first target is used: {targets} are wanted",
+        first_target,
+        "you wrap layers whose name only ends in a target: the last part of the path is to be one",
+        partial(
+            inject,
+            chosen=lambda path, name, targets: any(path.endswith(target) for target in targets),
+        ),
+        "you wrap layers whose path only contains a target: the last part is to be one",
+        partial(
+            inject, chosen=lambda path, name, targets: any(target in path for target in targets)
+        ),
+        "you wrap all linear layers: only those whose last name is in {targets}",
+        partial(inject, chosen=lambda path, name, targets: True),
+        "you wrap all but the targets: those whose last name is in {targets} are wanted",
+        partial(inject, chosen=lambda path, name, targets: name not in targets),
+        "nothing is wrapped: compare the last part of each path with the targets",
+        lambda model, targets, wrap: model.requires_grad_(False),
+        "the model itself is to be changed: whoever calls you keeps using it",
+        in_a_copy,
+    ),
+    otherwise="expected every linear layer whose last name is in {targets} wrapped, in the order "
+    "of the model, and nothing trained but what is new",
+    ask=injected,
+)
+
+
+# --- E2.4 Merging
+
+
+def merge(weight, a, b, alpha, scale=right_scale):
+    return weight + scale(alpha, len(a)) * b @ a
+
+
+EXERCISES["E2.4"] = Exercise(
+    merge,
+    [
+        (whole(3, 4), whole(2, 4), whole(3, 2), 6),
+        *((matrix(o, i), *adapter(o, i, r)) for _, o, i, r in SIZES),
+        (matrix(4, 3), matrix(2, 3), torch.zeros(4, 2), 6),  # B starts at zero
+    ],
+    known(
+        *wrongly_scaled(merge),
+        "you divide by out: r is the number of rows of a",
+        lambda weight, a, b, alpha: merge(weight, a, b, alpha / len(b) * len(a)),
+        "you divide by in: r is the number of rows of a",
+        lambda weight, a, b, alpha: merge(weight, a, b, alpha / a.shape[1] * len(a)),
+        "your result is the old weight: the update is missing",
+        lambda weight, a, b, alpha: weight,
+        "your result is the update alone: add it to `weight`",
+        lambda weight, a, b, alpha: merge(0 * weight, a, b, alpha),
+        "you scale the frozen weight, too: only the update is multiplied by alpha / r",
+        lambda weight, a, b, alpha: alpha / len(a) * (weight + b @ a),
+        "you mix weight and update: the weight stays whole, the update comes on top",
+        lambda weight, a, b, alpha: torch.lerp(weight, b @ a, alpha / len(a)),
+        "your result is transposed: expected the shape of `weight`",
+        lambda *arguments: merge(*arguments).T,
+    ),
+)
+
+
+# --- E2.5 How low is the rank?
 
 
 def smallest_k(parts, share):
@@ -69,7 +488,7 @@ def squares(values):
     return [value**2 for value in values]
 
 
-EXERCISES["E2.1"] = Exercise(
+EXERCISES["E2.5"] = Exercise(
     lambda values, share: smallest_k(squares(values), share),
     [
         ([7.0, 6.0, 6.0, 5.0, 4.0, 4.0, 3.0, 3.0, 3.0, 2.0], 0.75),
@@ -116,7 +535,7 @@ EXERCISES["E2.1"] = Exercise(
 )
 
 
-# E2.2 Trained weights
+# --- E2.6 Trained weights
 
 
 def lora_count(shapes, rank):
@@ -128,7 +547,7 @@ def each(weights):
     return lambda shapes, rank: sum(weights(rows, columns, rank) for rows, columns in shapes)
 
 
-EXERCISES["E2.2"] = Exercise(
+EXERCISES["E2.6"] = Exercise(
     lora_count,
     [
         ([(500, 200)], 3),
@@ -178,47 +597,7 @@ EXERCISES["E2.2"] = Exercise(
 )
 
 
-# E2.3 The forward pass
-
-
-def lora(x, weight, a, b, alpha, scale=right_scale):
-    return x @ weight.T + scale(alpha, len(a)) * (x @ a.T @ b.T)
-
-
-EXERCISES["E2.3"] = Exercise(
-    lora,
-    [
-        (whole(3, 4), whole(5, 4), whole(2, 4), whole(5, 2), 6),
-        *((matrix(n, i), matrix(o, i), *adapter(o, i, r)) for n, o, i, r in SIZES),
-        (matrix(2, 4), matrix(5, 4), matrix(3, 4), torch.zeros(5, 3), 6),  # B starts at zero
-    ],
-    known(
-        *wrongly_scaled(lora),
-        "you divide by out: r is the number of rows of a",
-        lambda x, weight, a, b, alpha: lora(x, weight, a, b, alpha / len(b) * len(a)),
-        "you divide by in: r is the number of rows of a",
-        lambda x, weight, a, b, alpha: lora(x, weight, a, b, alpha / a.shape[1] * len(a)),
-        "you divide by N: r is the number of rows of a",
-        lambda x, weight, a, b, alpha: lora(x, weight, a, b, alpha / len(x) * len(a)),
-        "you divide by the number of entries of a: r is the number of its rows",
-        lambda x, weight, a, b, alpha: lora(x, weight, a, b, alpha / a.shape[1]),
-        "your result is x W^T alone: the update is missing",
-        lambda x, weight, a, b, alpha: x @ weight.T,
-        "your result is the update alone: the frozen layer, x W^T, is missing",
-        lambda x, weight, a, b, alpha: lora(x, 0 * weight, a, b, alpha),
-        "you scale the frozen layer, too: only the update is multiplied by alpha / r",
-        lambda x, weight, a, b, alpha: alpha / len(a) * lora(x, weight, a, b, len(a)),
-        "you multiply base and update: add them",
-        lambda x, weight, a, b, alpha: (x @ weight.T) * lora(x, 0 * weight, a, b, alpha),
-        "you return the merged weight: multiply x with it",
-        lambda x, weight, a, b, alpha: weight + alpha / len(a) * b @ a,
-        "your result is transposed: expected (N, out)",
-        lambda *arguments: lora(*arguments).T,
-    ),
-)
-
-
-# E2.4 The gradients
+# --- E2.7 The gradients
 
 
 def gradient_of_a(x, upstream, a, b, alpha, scale=right_scale):
@@ -272,7 +651,7 @@ def wrong_gradients():
     yield from wrongly_scaled(both, "each of your gradients")
 
 
-EXERCISES["E2.4"] = Exercise(
+EXERCISES["E2.7"] = Exercise(
     gradients,
     [
         (whole(4, 3), whole(4, 5), whole(2, 3), whole(5, 2), 6),
@@ -305,7 +684,7 @@ EXERCISES["E2.4"] = Exercise(
 )
 
 
-# E2.5 Equal budgets
+# --- E2.8 Equal budgets
 
 
 def largest_rank(shapes, budget, cost=None, limit=None):
@@ -314,7 +693,7 @@ def largest_rank(shapes, budget, cost=None, limit=None):
     return min(budget // cost, min(map(min, shapes)) if limit is None else limit)
 
 
-EXERCISES["E2.5"] = Exercise(
+EXERCISES["E2.8"] = Exercise(
     largest_rank,
     [
         ([(60, 20), (30, 40)], 1000),
@@ -369,41 +748,7 @@ EXERCISES["E2.5"] = Exercise(
 )
 
 
-# E2.6 Merging
-
-
-def merge(weight, a, b, alpha, scale=right_scale):
-    return weight + scale(alpha, len(a)) * b @ a
-
-
-EXERCISES["E2.6"] = Exercise(
-    merge,
-    [
-        (whole(3, 4), whole(2, 4), whole(3, 2), 6),
-        *((matrix(o, i), *adapter(o, i, r)) for _, o, i, r in SIZES),
-        (matrix(4, 3), matrix(2, 3), torch.zeros(4, 2), 6),  # B starts at zero
-    ],
-    known(
-        *wrongly_scaled(merge),
-        "you divide by out: r is the number of rows of a",
-        lambda weight, a, b, alpha: merge(weight, a, b, alpha / len(b) * len(a)),
-        "you divide by in: r is the number of rows of a",
-        lambda weight, a, b, alpha: merge(weight, a, b, alpha / a.shape[1] * len(a)),
-        "your result is the old weight: the update is missing",
-        lambda weight, a, b, alpha: weight,
-        "your result is the update alone: add it to `weight`",
-        lambda weight, a, b, alpha: merge(0 * weight, a, b, alpha),
-        "you scale the frozen weight, too: only the update is multiplied by alpha / r",
-        lambda weight, a, b, alpha: alpha / len(a) * (weight + b @ a),
-        "you mix weight and update: the weight stays whole, the update comes on top",
-        lambda weight, a, b, alpha: torch.lerp(weight, b @ a, alpha / len(a)),
-        "your result is transposed: expected the shape of `weight`",
-        lambda *arguments: merge(*arguments).T,
-    ),
-)
-
-
-# E2.7 Blending
+# --- E2.9 Blending
 
 
 def blend(weight, adapters, shares, factor=lambda k, share, scale, alpha: share * scale):
@@ -425,7 +770,7 @@ CROSSED = (
     "terms, "
     "the B of one adapter times the A of another; blend the products B A"
 )
-EXERCISES["E2.7"] = Exercise(
+EXERCISES["E2.9"] = Exercise(
     blend,
     [
         (whole(3, 4), [(whole(2, 4), whole(3, 2), 6) for _ in range(2)], [0.5, 0.25]),
@@ -505,7 +850,7 @@ EXERCISES["E2.7"] = Exercise(
 )
 
 
-# E2.8 Batch fusion
+# --- E2.10 Batch fusion
 
 
 def fused(x, job, weight, adapters, scale=right_scale, own=lambda i, job: job[i]):
@@ -518,7 +863,7 @@ def fused(x, job, weight, adapters, scale=right_scale, own=lambda i, job: job[i]
     return y
 
 
-EXERCISES["E2.8"] = Exercise(
+EXERCISES["E2.10"] = Exercise(
     fused,
     [
         (
