@@ -132,12 +132,23 @@ def plot_lines(
 
 
 def plot_points(
-    points: Mapping[str, Sequence[tuple[float, float]]], title: str, xlabel: str, ylabel: str
+    points: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    title: str,
+    xlabel: str,
+    ylabel: str,
 ) -> "Axes":
-    """A dot a run, a color and a marker a group. points: group -> (x, y) pairs."""
+    """A dot a run, a color and a marker a group; thin lines lead from the runs of one label to
+    their mean, where the label stands. points: group -> label -> (x, y) pairs.
+    """
     axes = _axes(title)
-    for (group, pairs), color, marker in zip(points.items(), COLORS, "os^DvP", strict=False):
-        axes.scatter(*zip(*pairs, strict=True), color=color, marker=marker, s=55, label=group)
+    for (group, labels), color, marker in zip(points.items(), COLORS, "os^Dv", strict=False):
+        pairs = [pair for runs in labels.values() for pair in runs]
+        axes.scatter(*zip(*pairs, strict=True), color=color, marker=marker, s=45, label=group)
+        for label, runs in labels.items():
+            x, y = (sum(values) / len(runs) for values in zip(*runs, strict=True))
+            for run in runs:
+                axes.plot([x, run[0]], [y, run[1]], color=color, linewidth=0.6)
+            axes.annotate(label, (x, y), (3, 3), textcoords="offset points", color=color)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(frameon=False)
     return axes

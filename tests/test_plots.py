@@ -66,12 +66,15 @@ def test_lines_and_points_hold_what_was_given_with_a_color_for_each_name():
     )
     assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 5], [4, 7]], [[1, 2]]]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "4"]
-    dots = plots.plot_points({"a": [(1, 5), (2, 6)], "b": [(3, 4)]}, "They differ", "loss", "%")
+    dots = plots.plot_points(
+        {"a": {"x": [(1, 5), (2, 6)]}, "b": {"y": [(3, 4)]}}, "They differ", "loss", "%"
+    )
     assert [group.get_offsets().tolist() for group in dots.collections] == [
         [[1, 5], [2, 6]],
         [[3, 4]],
     ]
     assert [text.get_text() for text in dots.get_legend().get_texts()] == ["a", "b"]
+    assert [(text.get_text(), text.xy) for text in dots.texts] == [("x", (1.5, 5.5)), ("y", (3, 4))]
 
 
 def test_seeds_are_dots_around_the_line_of_their_means():

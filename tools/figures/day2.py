@@ -299,7 +299,7 @@ def draw_new_words() -> Axes:
     words = experiments.read("lora_vocabulary") + older.where("full fine-tuning")
     best = experiments.at_best_rates(words + older.where("LoRA", rank=16), "exact match")
     bars = {
-        label.replace(", all linear layers,", ",").replace(" learning rate", " rate"): runs
+        label.replace(", all linear layers", "").replace(" learning rate", " rate"): runs
         for label, runs in sorted(
             best.by_label().items(),
             key=lambda bar: sum(run.scores["exact match"] for run in bar[1]),
@@ -313,7 +313,7 @@ def draw_new_words() -> Axes:
     axes = seed_bars(bars, embedded, "% of 120 words known")
     for color, label in ((GOOD, "embeddings train"), (PALE, "embeddings frozen")):
         axes.barh([0], [0], color=color, label=label)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.3, -0.16))
     return axes
 
 
@@ -340,18 +340,18 @@ def draw_forgetting() -> Axes:
     groups = {"full fine-tuning": task_runs("full fine-tuning")}
     groups |= {f"LoRA, r = {rank}": lora.where(rank=rank) for rank in (1, 8, 64)}
     groups["LoRA, r = 64, scale 8"] = experiments.read("lora_scaling_of_the_week")
-    points = {
-        name: list(zip(values(runs, "response loss"), values(runs, "retention"), strict=True))
-        for name, runs in groups.items()
-    }
+    points = {}
+    for name, group in groups.items():
+        rates = sorted({run.settings["learning rate"] for run in group.outcomes})
+        each = {f"{rate:g}": group.where(learning_rate=rate) for rate in rates}
+        points[name] = {
+            rate: list(zip(values(runs, "response loss"), values(runs, "retention"), strict=True))
+            for rate, runs in each.items()
+        }
     xlabel = "response loss on the task (nats): left is better"
     axes = widened(plots.plot_points(points, "", xlabel, "% retained"))
-    for group in groups.values():
-        for rate in sorted({run.settings["learning rate"] for run in group.outcomes}):
-            runs = group.where(learning_rate=rate)
-            place = (runs.mean("response loss"), runs.mean("retention"))
-            axes.annotate(f"{rate:g}", place, (7, 7), textcoords="offset points", fontsize=13)
     axes.grid(color=PALE)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return axes
 
 
