@@ -267,8 +267,8 @@ def draw_rates() -> Axes:
 def draw_scales() -> Axes:
     """Response loss of rank 64 on `tiny`, by scale and learning rate."""
     scaling, ranks = experiments.read("lora_scaling"), experiments.read("lora_rank_and_rate")
-    sweeps = {f"scale {scale:g}": scaling.where(scale=scale) for scale in (0.125, 8)}
-    sweeps["scale 2"] = ranks.where(rank=64)
+    sweeps = {"scale 0.125": scaling.where(scale=0.125), "scale 2": ranks.where(rank=64)}
+    sweeps["scale 8"] = scaling.where(scale=8)
     axes = seeds_by_rate(sweeps, "response loss", "response loss (nats)")
     axes.set_ylim(0, 1)
     return axes
