@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from course_lib import sealing
+from course_lib.adalora import adalora_layers
 from course_lib.batching import Example
 from course_lib.lora import lora_layers
 from course_lib.runtime import CourseError, first_line
@@ -281,7 +282,7 @@ def identity(
     adapters = {  # the scales of those that are in use
         path: {name: weight * layer.adapters[name].scale for name, weight in layer.in_use.items()}
         for path, layer in lora_layers(base.model).items()
-    }
+    } | {path: layer.scale for path, layer in adalora_layers(base.model).items()}
     return {
         "base": base.name,
         "processes": PartialState().num_processes,
@@ -305,7 +306,9 @@ def _settings_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _named(function: object) -> str:
-    """A function by its name and what it does: its code, and the plain values it was made with."""
+    """A function by its name and what it does: its code, and the plain values it was made with; an
+    object that says itself what it was made with, as `adalora.Budget` does, by that.
+    """
     if isinstance(function, partial):
         values = fingerprint([repr(function.args), repr(sorted(function.keywords.items()))])
         return f"{_named(function.func)} with {values}"
@@ -317,6 +320,8 @@ def _named(function: object) -> str:
     plain = (int, float, str, bool, type(None))
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     made_with = [repr(value) for value in cells if isinstance(value, plain)]
+    if own is None and "__repr__" in vars(type(function)):
+        made_with.append(repr(function))
     return f"{name} ({fingerprint([_code(called), made_with])})"
 
 

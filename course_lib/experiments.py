@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from course_lib import evaluation, models, training, world
+from course_lib.adalora import Budget, add_adalora, penalized_loss
 from course_lib.alpaca import DataError, Record
 from course_lib.batching import encode_records
 from course_lib.lora import add_lora
@@ -37,8 +38,15 @@ if TYPE_CHECKING:
 
 SEEDS = (0, 1, 2)
 MAX_TOKENS = 256  # above every record of both experiments; a longer one stops the comparison
-DIGITS = {"nats": 3, "percent": 1, "perplexity": 2, "seconds": 1, "GB": 2}  # after the point
-Prepare = Callable[["Loaded"], None]
+DIGITS = {  # after the point
+    "nats": 3,
+    "percent": 1,
+    "perplexity": 2,
+    "seconds": 1,
+    "GB": 2,
+    "rank": 1,
+}
+Prepare = Callable[["Loaded"], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,8 @@ class Method:
 
     learning_rate: None leaves the model as `prepare` made it, for a first row or for quantisation
         without training
-    prepare: changes `base.model` before training (freezes it, wraps it); None trains all weights
+    prepare: changes `base.model` before training (freezes it, wraps it), and can return options of
+        `finetune`, such as its two seams; None trains all weights
     mask_prompt: False trains on the prompt, too
     quantize: of the base, as in `models.load`
     """
@@ -274,6 +283,30 @@ def adapted(
     return prepare
 
 
+def budgeted(
+    rank: int,
+    target_rank: int,
+    steps: int,
+    alpha: float | None = None,
+    budget: type[Budget] = Budget,
+) -> Prepare:
+    """AdaLoRA on all linear layers, from `rank` to `target_rank` on average in a run of `steps`;
+    alpha is twice the rank if not given.
+
+    The first tenth of the steps comes before the first pruning, the last third after the last. A
+    run's seed draws the P's and Q's.
+    """
+
+    def prepare(base: "Loaded") -> Mapping[str, Any]:
+        scale = 2 * rank if alpha is None else alpha
+        add_adalora(base.model, rank, scale, ALL_LINEAR, seed=torch.initial_seed())
+        phases = {"initial_steps": steps // 10, "final_steps": steps // 3}
+        chosen = budget(base.model, target_rank, steps=steps, **phases)
+        return {"loss": penalized_loss, "after_step": chosen}
+
+    return prepare
+
+
 def last_blocks(count: int) -> Prepare:
     """Train the last blocks of the model, and nothing else.
 
@@ -334,8 +367,7 @@ def _run(method: Method, seed: int, experiment: Experiment, machine: Machine) ->
     base = models.load(experiment.base, machine, quantize=method.quantize, say=quiet)
     if base.name != experiment.base:
         raise CourseError(f"this comparison needs {experiment.base}, found {base.origin}")
-    if method.prepare is not None:
-        method.prepare(base)
+    options = method.prepare(base) if method.prepare is not None else None
     if method.learning_rate is None:
         return Outcome(method.name, method.all_settings, seed, 0, experiment.score(base))
     encoding = encode_records(
@@ -354,6 +386,7 @@ def _run(method: Method, seed: int, experiment: Experiment, machine: Machine) ->
         seed=seed,
         progress=False,
         say=quiet,
+        **(options or {}),
     )
     trained = sum(weight.numel() for weight in base.model.parameters() if weight.requires_grad)
     scores = experiment.score(base)

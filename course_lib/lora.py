@@ -182,10 +182,10 @@ def add_lora(
     seed: of the matrices A, from 0 to 2**64 - 1
     Raises CourseError before anything is changed.
     """
-    _check_addition(model, name, seed)
+    check_addition(model, seed, name)
     targets = surgery.default_targets(model) if targets is None else targets
     layers = surgery.find_layers(model, targets)
-    _check_layers(model, layers, rank, alpha)
+    check_layers(model, layers, rank, alpha)
     if not lora_layers(model):
         model.requires_grad_(False)
     generator = Generator().manual_seed(seed)
@@ -200,7 +200,7 @@ def add_lora(
     use_adapters(model, name)
 
 
-def _check_addition(model: nn.Module, name: str, seed: int) -> None:
+def check_addition(model: nn.Module, seed: int, name: str = "default") -> None:
     """Raise CourseError if the model can have no adapter of this name and seed."""
     if not isinstance(model, nn.Module):
         advice = "expected a model, such as base.model"
@@ -219,7 +219,7 @@ def _check_addition(model: nn.Module, name: str, seed: int) -> None:
         raise CourseError(f"seed={seed!r} {expected}")
 
 
-def _check_layers(
+def check_layers(
     model: nn.Module, layers: Mapping[str, nn.Module], rank: int, alpha: float
 ) -> None:
     """Raise CourseError if one of these layers of the model can have no update of this size."""
@@ -293,15 +293,7 @@ def remove_lora(model: nn.Module, name: str | None = None) -> None:
     if names := adapter_names(model):
         use_adapters(model, names[-1])
     elif layers:
-        _as_before(model)
-
-
-def _as_before(model: nn.Module) -> None:
-    """A model whose LoRA layers are gone is saved and trained as others are."""
-    model = surgery.uncompiled(model)
-    vars(model).pop("save_pretrained", None)
-    codes = any(hasattr(weight, "quant_state") for weight in model.parameters())
-    model.requires_grad_(not codes)
+        surgery.restore(model)
 
 
 def trained_beside(model: nn.Module) -> list[str]:
@@ -396,14 +388,19 @@ def fused_rows(model: nn.Module, rows: Mapping[str, int]) -> Iterator[None]:
 
 
 def merged_copy(model: nn.Module) -> nn.Module:
-    """A copy without LoRA layers that computes the same: the updates in use are in its weights.
+    """A copy without wrapped layers that computes the same: the updates in use, of LoRA or another
+    method that offers `delta`, are in its weights.
 
     All of these can train.
 
-    Raises CourseError for a model without LoRA layers, for quantised ones, and where a sum is not
+    Raises CourseError for a model without such layers, for quantised ones, and where a sum is not
     finite: an update can be too large for float16.
     """
-    layers = lora_layers(model)
+    layers = {
+        path: layer
+        for path, layer in surgery.wrapped_layers(model).items()
+        if hasattr(layer, "delta")
+    }
     if not layers:
         raise CourseError(
             "the model has no LoRA layers, so there is nothing to merge: add_lora adds them"
@@ -412,14 +409,15 @@ def merged_copy(model: nn.Module) -> nn.Module:
         weight_matrix(layer.base)  # refuses quantised layers before the copy takes its memory
     merged = copy.deepcopy(surgery.uncompiled(model))
     with torch.no_grad():
-        for path, layer in lora_layers(merged).items():
+        for path in layers:
+            layer = merged.get_submodule(path)
             matrix = weight_matrix(layer.base)
             if not matrix.add_(layer.delta()).isfinite().all():
                 found = f"{path} does not fit into {matrix.dtype} with its update"
                 advice = "load the base with dtype=torch.float32, or train the adapter again"
                 raise CourseError(f"{found}, or one of them is not finite: {advice}")
             surgery.replace_layer(merged, path, layer.base)
-    _as_before(merged)
+    surgery.restore(merged)
     return merged
 
 

@@ -4,6 +4,9 @@
     adapter_model.safetensors      base_model.model.<layer>.lora_A.weight (r, d_in),
                                    base_model.model.<layer>.lora_B.weight (d_out, r)
 
+Of AdaLoRA the matrices are lora_A (Q), lora_B (P) and lora_E (the singular values), of each layer
+those triplets that are left; the config's `rank_pattern` says which of the first ones they are.
+
 What trains beside the matrices is kept, too: whole modules (embeddings, norms, a head) as peft's
 `modules_to_save`, new rows of the embeddings as its `trainable_token_indices`. A folder written
 here is sealed as well; peft ignores the seal. A base with the same layers and other weights cannot
@@ -11,10 +14,11 @@ be told from the right one, because the format keeps only its name.
 """
 
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,23 +30,31 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from course_lib import models, sealing, surgery
-from course_lib.lora import LoRALinear, adapter_names, add_lora, lora_layers, trained_beside
+from course_lib.adalora import SVDLinear, adalora_layers, add_adalora
+from course_lib.lora import LowRank, adapter_names, add_lora, lora_layers, trained_beside
 from course_lib.runtime import CourseError, first_line
 from course_lib.surgery import LinearWrapper
 from course_lib.vocabulary import mark_rows, trained_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+MATRIX = {
+    "LORA": re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight"),
+    "ADALORA": re.compile(r"base_model\.model\.(.+)\.lora_([ABE])"),
+}
 ROWS = re.compile(r"base_model\.model\.(.+)\.token_adapter\.trainable_tokens_delta")
 WHOLE = re.compile(  # peft keeps the matrix under its new rows, too, where a vocabulary has grown
     r"base_model\.model\.(?!.*lora_)(.+?)(?:\.token_adapter\.base_layer)?\.(weight|bias)"
 )
-KNOWN_SETTINGS = set(  # any other that is set would make the adapter more than LoRA
+KNOWN_SETTINGS = set(  # any other that is set would make the adapter more than LoRA or AdaLoRA
     "peft_type r lora_alpha use_rslora target_modules exclude_modules layers_to_transform "
     "layers_pattern init_lora_weights modules_to_save trainable_token_indices ensure_weight_tying "
     "lora_dropout bias fan_in_fan_out task_type inference_mode base_model_name_or_path revision "
     "peft_version auto_mapping megatron_core qalora_group_size".split()
+)
+OF_ADALORA = set(
+    "init_r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step "
+    "rank_pattern".split()
 )
 
 
@@ -50,14 +62,29 @@ KNOWN_SETTINGS = set(  # any other that is set would make the adapter more than 
 class AdapterFile:
     """What a folder holds, by names in the base.
 
-    matrices: (layer, "A" or "B"); whole: (module, "weight" or "bias"); rows: module -> the rows
-    `ids` of its weight
+    matrices: (layer, "A" or "B"; of AdaLoRA "E", too); whole: (module, "weight" or "bias"); rows:
+    module -> the rows `ids` of its weight
     """
 
     settings: dict[str, Any]
     matrices: dict[tuple[str, str], Tensor]
     whole: dict[tuple[str, str], Tensor]
     rows: dict[str, Tensor]
+
+    @property
+    def is_adalora(self) -> bool:
+        return self.settings["peft_type"] == "ADALORA"
+
+    def live(self, path: str) -> Tensor:
+        """(rank,) bool: of the triplets that a layer of AdaLoRA started with, those in the file."""
+        pattern = self.settings.get("rank_pattern") or {}
+        return torch.tensor(pattern.get(f"{path}.lora_E", [True] * self.settings["init_r"]))
+
+    def shapes(self, path: str, d_out: int, d_in: int) -> dict[str, tuple[int, int]]:
+        """What the matrices of a layer should be."""
+        rank = int(self.live(path).sum()) if self.is_adalora else self.settings["r"]
+        shapes = {"A": (rank, d_in), "B": (d_out, rank)}
+        return shapes | {"E": (rank, 1)} if self.is_adalora else shapes
 
     def ids(self, module: str) -> list[int]:
         """The token ids of the rows of `module`; a list in the config is of the embeddings."""
@@ -86,20 +113,14 @@ def save_adapter(
     folder = Path(folder).expanduser().resolve()
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise CourseError(f"dtype={dtype!r} keeps no weights: choose torch.float32 or float16")
-    layers = lora_layers(model, name)
-    _check_equal_sizes(layers, name)
-    tensors = {
-        f"{PREFIX}{path}.lora_{letter}.weight": getattr(layer.adapters[name], letter).to(dtype)
-        for path, layer in layers.items()
-        for letter in "AB"
-    }
+    settings, tensors = _three_factors(model) or _two_factors(model, name)
+    tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
     whole, rows = _beside(model)
     tensors |= {f"{PREFIX}{module}.{part}": value for (module, part), value in whole.items()}
     tensors |= {
         f"{PREFIX}{module}.token_adapter.trainable_tokens_delta": value[ids]
         for module, (ids, value) in rows.items()
     }
-    settings = _settings(model, layers, name)
     settings["modules_to_save"] = sorted({module for module, _ in whole}) or None
     settings["trainable_token_indices"] = {module: ids for module, (ids, _) in rows.items()} or None
     for key, value in tensors.items():
@@ -144,9 +165,55 @@ def _publish(folder: Path, settings: dict[str, Any], tensors: Mapping[str, Tenso
         raise CourseError(f"{found}: choose another folder") from None
 
 
-def _check_equal_sizes(layers: Mapping[str, LoRALinear], name: str) -> None:
-    updates = [layer.adapters[name] for layer in layers.values()]
-    sizes = {(update.rank, update.alpha, update.rank_stabilized) for update in updates}
+def _two_factors(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and matrices of the LoRA adapter `name`."""
+    layers = lora_layers(model, name)
+    updates = {path: layer.adapters[name] for path, layer in layers.items()}
+    _check_equal_sizes(updates.values(), name)
+    update = next(iter(updates.values()))
+    settings = _settings(model, layers) | {
+        "peft_type": "LORA",
+        "r": update.rank,
+        "lora_alpha": update.alpha,
+        "use_rslora": update.rank_stabilized,
+    }
+    return settings, {
+        f"{PREFIX}{path}.lora_{letter}.weight": getattr(update, letter)
+        for path, update in updates.items()
+        for letter in "AB"
+    }
+
+
+def _three_factors(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Config and matrices of the AdaLoRA adapter, None if there is none. The schedule is not the
+    adapter's, so the config gets the shortest that peft takes, and the ranks as they are.
+    """
+    layers = adalora_layers(model)
+    if not layers:
+        return None
+    if lora_layers(model):
+        advice = "keep the model's state_dict instead"
+        raise CourseError(f"the model has LoRA and AdaLoRA, a file only one of them: {advice}")
+    _check_equal_sizes(layers.values(), "default")
+    layer, live = next(iter(layers.values())), {path: one.live for path, one in layers.items()}
+    settings = _settings(model, layers) | {
+        "peft_type": "ADALORA",
+        "init_r": layer.rank,
+        "target_r": math.ceil(sum(mask.sum().item() for mask in live.values()) / len(layers)),
+        "lora_alpha": layer.alpha,
+        "total_step": 1,
+        "rank_pattern": {f"{path}.lora_E": mask.tolist() for path, mask in live.items()},
+    }
+    tensors = {}
+    for path, layer in layers.items():
+        tensors[f"{PREFIX}{path}.lora_A"] = layer.Q[live[path]]
+        tensors[f"{PREFIX}{path}.lora_B"] = layer.P[:, live[path]]
+        tensors[f"{PREFIX}{path}.lora_E"] = layer.singular[live[path], None]
+    return settings, tensors
+
+
+def _check_equal_sizes(updates: Iterable[LowRank | SVDLinear], name: str) -> None:
+    sizes = {(update.rank, update.alpha, update.scale) for update in updates}
     if len(sizes) > 1:
         found = " and ".join(f"rank {rank}, alpha {alpha}" for rank, alpha, _ in sorted(sizes)[:2])
         advice = "expected them equal: keep its state_dict instead"
@@ -167,6 +234,11 @@ def _beside(
         id(weight)
         for layer in lora_layers(model).values()
         for weight in layer.adapters.parameters()
+    }
+    updates |= {
+        id(weight)
+        for layer in adalora_layers(model).values()
+        for weight in layer.parameters(recurse=False)
     }
     for path, module in model.named_modules(remove_duplicate=False):
         own = dict(module.named_parameters(recurse=False))
@@ -189,17 +261,12 @@ def _beside(
     return whole, rows
 
 
-def _settings(model: nn.Module, layers: Mapping[str, LoRALinear], name: str) -> dict[str, Any]:
-    """The config; its layers are named as briefly as leaves no doubt."""
+def _settings(model: nn.Module, layers: Mapping[str, LinearWrapper]) -> dict[str, Any]:
+    """What configs share; the layers are named as briefly as leaves no doubt."""
     ends = sorted({path.rpartition(".")[2] for path in layers})
-    update = next(iter(layers.values())).adapters[name]
     return {
-        "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": _name_of(model),
-        "r": update.rank,
-        "lora_alpha": update.alpha,
-        "use_rslora": update.rank_stabilized,
         "target_modules": ends
         if surgery.find_layers(model, ends).keys() == layers.keys()
         else list(layers),
@@ -221,8 +288,9 @@ def load_adapter(
     model: nn.Module, folder: Path | str, name: str = "default", say: Callable[[str], None] = print
 ) -> None:
     """Add the adapter in `folder` to `model`; it is then the one in use, and can be trained on, as
-    can what lies beside its matrices.
+    can what lies beside its matrices. An AdaLoRA adapter does not train: its ranks are chosen.
 
+    name: of a LoRA adapter
     say: gets a line where the file covers a part of the layers that its config names, and where it
         was trained with dropout, which is not done here
     Raises CourseError before anything is changed, if the files are missing, damaged or more than
@@ -238,12 +306,11 @@ def load_adapter(
     _check_alone(model, file, folder)
     expected = _named_layers(model, settings)
     exactly = "|".join(map(re.escape, paths))
-    rank, alpha, stabilized = settings["r"], settings["lora_alpha"], settings.get("use_rslora")
-    add_lora(model, rank, alpha, exactly, name=name, rank_stabilized=bool(stabilized))
     with torch.no_grad():
-        for path, layer in lora_layers(model, name).items():
-            layer.adapters[name].A.copy_(file.matrices[path, "A"])
-            layer.adapters[name].B.copy_(file.matrices[path, "B"])
+        if file.is_adalora:
+            _add_three_factors(model, file, exactly)
+        else:
+            _add_two_factors(model, file, exactly, name)
         _put_beside(surgery.uncompiled(model), file)
     if left := expected - paths:
         part = f"{len(paths)} of the {len(expected)} layers that its config names"
@@ -251,6 +318,28 @@ def load_adapter(
     if settings.get("lora_dropout"):
         found = f"the adapter in {folder} was trained with dropout {settings['lora_dropout']}"
         say(f"{found}; it computes the same here, but trains on without")
+
+
+def _add_two_factors(model: nn.Module, file: AdapterFile, targets: str, name: str) -> None:
+    rank, alpha, stabilized = (file.settings.get(key) for key in ("r", "lora_alpha", "use_rslora"))
+    add_lora(model, rank, alpha, targets, name=name, rank_stabilized=bool(stabilized))
+    for path, layer in lora_layers(model, name).items():
+        layer.adapters[name].A.copy_(file.matrices[path, "A"])
+        layer.adapters[name].B.copy_(file.matrices[path, "B"])
+
+
+def _add_three_factors(model: nn.Module, file: AdapterFile, targets: str) -> None:
+    """The triplets of the file in their places among those of the start, zeros in the others."""
+    add_adalora(model, file.settings["init_r"], file.settings["lora_alpha"], targets)
+    for path, layer in adalora_layers(model).items():
+        live = file.live(path).to(layer.pruned.device)
+        layer.pruned.copy_(~live)
+        for weight in (layer.P, layer.Q):
+            weight.zero_()
+        layer.Q[live] = file.matrices[path, "A"].to(layer.Q)
+        layer.P[:, live] = file.matrices[path, "B"].to(layer.P)
+        layer.singular[live] = file.matrices[path, "E"][:, 0].to(layer.singular)
+    model.requires_grad_(False)
 
 
 def _check_alone(model: nn.Module, file: AdapterFile, folder: Path) -> None:
@@ -268,13 +357,13 @@ def _check_alone(model: nn.Module, file: AdapterFile, folder: Path) -> None:
 def _check_fit(model: nn.Module, file: AdapterFile, folder: Path) -> None:
     """Raise CourseError if the model has no place for a tensor of the file."""
     base = file.settings.get("base_model_name_or_path") or "not named"
-    rank, layers = file.settings["r"], surgery.linear_layers(model)
+    layers = surgery.linear_layers(model)
     for path in sorted({path for path, _ in file.matrices}):
         if path not in layers:
             found = f"this model has no linear layer {path}"
             raise CourseError(f"the adapter in {folder} is for another base ({base}): {found}")
         d_out, d_in = surgery.layer_shape(layers[path])
-        for letter, expected in (("A", (rank, d_in)), ("B", (d_out, rank))):
+        for letter, expected in file.shapes(path, d_out, d_in).items():
             matrix = file.matrices.get((path, letter))
             found = "missing" if matrix is None else tuple(matrix.shape)
             if found != expected:
@@ -378,23 +467,23 @@ def _read(folder: Path) -> AdapterFile:
         raise CourseError(
             f"the adapter in {folder} is damaged ({first_line(error)}): save or download it again"
         ) from None
-    if (
-        not isinstance(settings, dict)
-        or settings.get("peft_type") != "LORA"
-        or not {"r", "lora_alpha"} <= settings.keys()
-    ):
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    key = "init_r" if kind == "ADALORA" else "r"
+    if kind not in ("LORA", "ADALORA") or not {key, "lora_alpha"} <= settings.keys():
         raise CourseError(
-            f"{folder / CONFIG} does not describe LoRA: expected peft_type LORA, r and lora_alpha"
+            f"{folder / CONFIG} does not describe LoRA: expected peft_type LORA, r and lora_alpha; "
+            "or ADALORA, init_r and lora_alpha"
         )
-    rank, alpha = settings["r"], settings["lora_alpha"]
+    rank, alpha = settings[key], settings["lora_alpha"]
     if type(rank) is not int or not isinstance(alpha, int | float):
-        found = f"{folder / CONFIG} has r={rank!r} and lora_alpha={alpha!r}"
+        found = f"{folder / CONFIG} has {key}={rank!r} and lora_alpha={alpha!r}"
         raise CourseError(
             f"{found}, expected a whole number and a number: save or download it again"
         )
-    more = [
-        setting for setting, value in settings.items() if value and setting not in KNOWN_SETTINGS
-    ]
+    if kind == "ADALORA":
+        _check_pattern(settings.get("rank_pattern"), rank, folder)
+    known = KNOWN_SETTINGS | OF_ADALORA if kind == "ADALORA" else KNOWN_SETTINGS
+    more = [setting for setting, value in settings.items() if value and setting not in known]
     if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
         # most others change the base as well
         more.append(f"init_lora_weights={settings['init_lora_weights']}")
@@ -409,7 +498,7 @@ def _read(folder: Path) -> AdapterFile:
         if not tensor.float().isfinite().all():
             advice = "get it again, or train again at a lower learning rate"
             raise CourseError(f"the adapter in {folder} holds NaN or infinity in {key}: {advice}")
-        if match := MATRIX.fullmatch(key):
+        if match := MATRIX[kind].fullmatch(key):
             file.matrices[match.groups()] = tensor
         elif match := ROWS.fullmatch(key):
             file.rows[match[1]] = tensor
@@ -428,3 +517,15 @@ def _read(folder: Path) -> AdapterFile:
         found = "its config names rows of tokens, and it holds none"
         raise CourseError(f"the adapter in {folder} is damaged ({found}): get it again")
     return file
+
+
+def _check_pattern(pattern: object, rank: int, folder: Path) -> None:
+    """Raise CourseError if it does not say of each of `rank` triplets whether it is there."""
+    if pattern is None:
+        return
+    if not isinstance(pattern, dict) or not all(
+        isinstance(mask, list) and len(mask) == rank and {*map(type, mask)} <= {bool}
+        for mask in pattern.values()
+    ):
+        expected = f"expected {rank} truth values a layer: save or download it again"
+        raise CourseError(f"{folder / CONFIG} has another rank_pattern, {expected}")

@@ -89,6 +89,15 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items() if name not in wrapped}
 
 
+def wrapped_layers(model: nn.Module) -> dict[str, LinearWrapper]:
+    """The layers in whose place a method has put its own, by name."""
+    return {
+        name: module
+        for name, module in uncompiled(model).named_modules()
+        if isinstance(module, LinearWrapper)
+    }
+
+
 def find_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     """The linear layers that `targets` means, by name; the rules are peft's.
 
@@ -189,6 +198,16 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, new)
     if isinstance(new, LinearWrapper):
         model.save_pretrained = _save_pretrained
+
+
+def restore(model: nn.Module) -> None:
+    """Make a model whose wrapped layers are gone one that is saved and trained as others are; the
+    weights of a quantised base stay frozen.
+    """
+    model = uncompiled(model)
+    vars(model).pop("save_pretrained", None)
+    codes = any(hasattr(weight, "quant_state") for weight in model.parameters())
+    model.requires_grad_(not codes)
 
 
 def _save_pretrained(*arguments: object, **options: object) -> None:

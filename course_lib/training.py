@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from course_lib import checkpoints
+from course_lib.adalora import check_seam
 from course_lib.batching import IGNORED, Example, check_examples, collate, training_order
 from course_lib.objective import Batch, checked_sum, summed_loss
 from course_lib.runtime import Machine, TrainingError, first_line, measure, seed_everything
@@ -139,6 +140,7 @@ def finetune(
         raise TrainingError(f"folder and save_every belong together: {advice}")
     check_weights([weight for weight in base.model.parameters() if weight.requires_grad])
     check_examples(examples, base.model, base.tokenizer)
+    check_seam(base.model, after_step, steps)
     processes = PartialState(cpu=machine.device == "cpu")
     notes: list[str] = []
 
