@@ -452,7 +452,6 @@ def said(notebook: Notebook) -> Statements:
     full, lora = found(
         notebook, "before activations;", r"'full fine-tuning': '([\d.]+) GB', 'LoRA': '([\d.]+) GB'"
     )
-    seconds = headline(notebook)["training"]["after"]
     blends = {row["weights"]: row for row in table_rows(notebook, "for opening, close in (")}
     half, both = blends["0.5 / 0.5"], blends["1 / 1"]
     full_kept = [
@@ -475,7 +474,6 @@ def said(notebook: Notebook) -> Statements:
         ],
         "1.8 %": [
             f"take {lora} gigabytes instead of {full}",
-            f"the run took {seconds} seconds",
         ],
         "The table of the week": [f"keeps less, {lora_kept[1]} percent against {full_kept[1]}"],
         "Does LoRA forget less?": [
