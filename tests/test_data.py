@@ -485,7 +485,7 @@ def test_the_tables_of_the_datasheets_are_those_of_the_measured_sweeps():
 
 def test_the_table_of_the_week_has_three_seeds_a_method_and_begins_untouched():
     untouched, prompted, *trained = experiments.read("week").by_label().values()
-    assert (len(untouched), len(prompted), {len(runs) for runs in trained}) == (1, 2, {3})
+    assert (len(untouched), len(prompted), {len(runs) for runs in trained}) == (1, 3, {3})
     assert untouched[0].scores["valid JSON"] == 0
     assert (untouched[0].scores["retention"], untouched[0].scores["gained"]) == (100, 0), (
         "retention asks what the untouched model answers, gained what it does not"

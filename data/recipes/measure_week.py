@@ -15,6 +15,7 @@ from dataclasses import replace
 from recording import record
 
 from course_lib import models
+from course_lib.alpaca import Record
 from course_lib.evaluation import evaluate_retention, read_retention, read_task, read_unknown
 from course_lib.experiments import (
     Measure,
@@ -52,11 +53,17 @@ def week(machine: Machine) -> Sweep:
 
 
 def prompted(machine: Machine) -> list[Outcome]:
-    """Ten examples of the training split in the prompt and no training; a seed is another draw."""
-    base, train = models.load("smollm2-135m", machine), read_task("train")
-    outcomes = []
-    for seed in (0, 1):
-        shots = random.Random(seed).sample(train, 10)
+    """Ten examples of the training split in the prompt, one of each topic in random order, and no
+    training; a seed is another draw.
+    """
+    base, outcomes = models.load("smollm2-135m", machine), []
+    by_topic: dict[str, list[Record]] = {}
+    for each in read_task("train"):
+        by_topic.setdefault(each.extra["topic"], []).append(each)
+    for seed in (0, 1, 2):
+        draw = random.Random(seed)
+        shots = [draw.choice(of_a_topic) for of_a_topic in by_topic.values()]
+        draw.shuffle(shots)
         scores = week_experiment().score(base, shots)
         outcomes.append(Outcome("ten examples in the prompt", {}, seed, 0, scores))
     return outcomes

@@ -317,9 +317,9 @@ def stated(notebook: Notebook) -> Statements:
         "Only the answer": [f"{sum(trained for _, trained in pieces)} of {len(pieces)} tokens"],
         "The loss: mean": [f"among {perplexity} tokens"],
         "Ten examples in the prompt": [
-            f"Valid JSON: {json[0]} and {json[1]} %",
-            f"right topic: {topic[0]} and {topic[1]} %",
-            f"right answer: {answer[0]} and {answer[1]} %",
+            f"Valid JSON: {min(json)} to {max(json)} %",
+            f"right topic: {min(topic)} to {max(topic)} %",
+            f"right answer: {min(answer)} to {max(answer)} %",
         ],
         "Three details": details(notebook),
         "The task of the week": [f"{train} questions to train, {test} to validate, {test} to test"],
@@ -336,7 +336,10 @@ def stated(notebook: Notebook) -> Statements:
 def opening_rows(notebook: Notebook) -> list[str]:
     """Three questions of the opening with their replies, and how many of all were right."""
     rows = {row["question"].strip(): row for row in table_rows(notebook, "tiny_before = ")}
-    (unseen,) = found(notebook, "my_finetune(pupil", r"after[^\n]* (\d+) also end there")
+    unseen = [
+        found(notebook, "by_kind = ", rf"draw {draw}: [^\n]*After: (\d+) right and ended")[0]
+        for draw in range(3)
+    ]
     chosen = ("Write the plural of the word. hammer", "Translate the word into Velan. hat")
     exact = [
         found(
@@ -352,7 +355,7 @@ def opening_rows(notebook: Notebook) -> list[str]:
         ),
         f"Of {exact[0][0]} replies, {exact[0][1]} were the right answer",
         f"after 90 steps {exact[1][1]} are",
-        f"instruction never trained: {unseen} of 60",
+        "instruction never trained, three draws: **{}, {}, {}** of 60".format(*unseen),
     ]
 
 
