@@ -355,7 +355,7 @@ def opening_rows(notebook: Notebook) -> list[str]:
         ),
         f"Of {exact[0][0]} replies, {exact[0][1]} were the right answer",
         f"after 90 steps {exact[1][1]} are",
-        "instruction never trained, three draws: **{}, {}, {}** of 60".format(*unseen),
+        "instruction never trained, three draws: {}, {}, {} of 60".format(*unseen),
     ]
 
 
