@@ -77,7 +77,7 @@ def inner(P, Q):
 
 
 def off(gram):
-    return gram - torch.eye(len(gram))
+    return gram - torch.eye(len(gram)).to(gram)
 
 
 def penalty(P, Q, grams=inner, off=off, norm=torch.linalg.matrix_norm):
