@@ -369,8 +369,8 @@ EXERCISES["E3.3"] = Exercise(
         (5, 12, 12, 20, 2, 3),
     ],
     known(
-        "your formula has the misprint of the paper's equation (14): only the initial steps are "
-        "taken off the step, the final ones are not",
+        "your budget has the misprint of the paper's equation (14): after step {initial}, where "
+        "the fall begins, exactly nothing of its time is over",
         partial(budget, since=lambda step, initial, final: step - initial - final),
         "your budget falls in a straight line: it falls with the third power, fast at first",
         partial(budget, left=lambda done: 1 - done),
