@@ -143,6 +143,32 @@ EQUIVALENT = {
         "min(budget // rank_one, min((min(shape) for shape in shapes))) -> "
         "min(min((min(shape) for shape in shapes)), budget // rank_one)",
     },
+    "E3.1": {
+        "torch.eye(len(singular)).to(P) -> torch.eye(len(singular))",  # on a CPU
+        "(P.T @ P - identity).norm() + (Q @ Q.T - identity).norm() -> "
+        "(Q @ Q.T - identity).norm() + (P.T @ P - identity).norm()",
+        "P.T @ P - identity -> identity - P.T @ P",
+        "Q @ Q.T - identity -> identity - Q @ Q.T",
+    },
+    "E3.2": {
+        "0.85 * sensitivity + 0.15 * importance -> 0.15 * importance + 0.85 * sensitivity",
+        "0.85 * uncertainty + 0.15 * (importance - sensitivity).abs() -> "
+        "0.15 * (importance - sensitivity).abs() + 0.85 * uncertainty",
+        "importance - sensitivity -> sensitivity - importance",
+    },
+    "E3.3": {
+        "min(max(done, 0), 1) -> min(1, max(done, 0))",
+        "max(done, 0) -> max(0, done)",
+        "target + (start - target) * left ** 3 -> (start - target) * left ** 3 + target",
+    },
+    "E3.5": {  # more directions than are kept
+        "torch.linalg.svd(B @ A, full_matrices=False) -> torch.linalg.svd(B @ A)",
+        "False -> True",
+    },
+    "E3.6": {
+        "rows + columns + 1 -> 1 + (rows + columns)",
+        "rows + columns -> columns + rows",
+    },
 }
 SWAPS = {
     ast.Add: [ast.Sub],
