@@ -75,7 +75,10 @@ EXERCISES = {name: exercise for path in DAYS for name, exercise in exercises_of(
 
 
 def test_notebooks_and_checks_hold_the_same_exercises():
-    assert list(EXERCISES) == list(checks.exercises())  # in the order of the notebook, too
+    """In the order of the notebook, too; the exercises of a day may land before its notebook."""
+    written = {re.match(r"E(\d)", name)[0] for name in EXERCISES}
+    checked = [name for name in checks.exercises() if name[:2] in written]
+    assert list(EXERCISES) == checked
 
 
 @pytest.mark.parametrize("name", EXERCISES)
