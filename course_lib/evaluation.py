@@ -172,6 +172,19 @@ def draw_questions(count: int) -> list[Record]:
     ]
 
 
+def draw_examples(seed: int) -> list[Record]:
+    """One training record of each topic of the task of the week, in random order: what a prompt
+    shows before a question. Another seed is another draw.
+    """
+    by_topic: dict[str, list[Record]] = {}
+    for record in read_task("train"):
+        by_topic.setdefault(record.extra["topic"], []).append(record)
+    draw = random.Random(seed)
+    examples = [draw.choice(records) for records in by_topic.values()]
+    draw.shuffle(examples)
+    return examples
+
+
 def read_retention(path: Path | None = None) -> list[Question]:
     """The retention questions, by default those of the course."""
     path = path or data_folder() / RETENTION_FILE

@@ -299,6 +299,19 @@ def test_a_damaged_retention_file_is_named(tmp_path, content):
         evaluation.read_retention(path)
 
 
+def test_examples_for_a_prompt_hold_every_topic_once_and_another_seed_is_another_draw():
+    train = evaluation.read_task("train")
+    draws = [evaluation.draw_examples(seed) for seed in range(3)]
+    topics = sorted({record.extra["topic"] for record in train})
+    for examples in draws:
+        assert sorted(record.extra["topic"] for record in examples) == topics
+        assert all(record in train for record in examples)
+    assert draws[0] == evaluation.draw_examples(0)
+    assert draws[0] != draws[1] != draws[2]
+    orders = {tuple(record.extra["topic"] for record in examples) for examples in draws}
+    assert len(orders) == 3, "the order is drawn, too"
+
+
 def test_drawn_questions_are_spread_evenly_and_the_same_every_time():
     drawn = evaluation.draw_questions(100)
     assert drawn == evaluation.draw_questions(100)

@@ -547,15 +547,16 @@ def each(weights):
     return lambda shapes, rank: sum(weights(rows, columns, rank) for rows, columns in shapes)
 
 
+SHAPES_AND_RANK = [
+    ([(500, 200)], 3),
+    ([(6, 4), (6, 4), (4, 10)], 2),  # many layers of a model have the same shape
+    ([(17, 40), (3, 29), (17, 40), (51, 8)], 5),
+    ([(4, 4)], 8),  # a rank above the sides is wasteful, and still trained
+    ([], 4),
+]
 EXERCISES["E2.6"] = Exercise(
     lora_count,
-    [
-        ([(500, 200)], 3),
-        ([(6, 4), (6, 4), (4, 10)], 2),  # many layers of a model have the same shape
-        ([(17, 40), (3, 29), (17, 40), (51, 8)], 5),
-        ([(4, 4)], 8),  # a rank above the sides is wasteful, and still trained
-        ([], 4),
-    ],
+    SHAPES_AND_RANK,
     known(
         "these are the A's alone: B (out, r) is trained, too",
         each(lambda rows, columns, rank: rank * columns),

@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from course_lib.checks import Exercise, known
-from course_lib.checks.day2 import each, lora_count
+from course_lib.checks.day2 import SHAPES_AND_RANK, each, lora_count
 
 EXERCISES = {}
 DRAW = Generator().manual_seed(3)
@@ -634,13 +634,7 @@ def adalora_count(shapes, rank):
 
 EXERCISES["E3.6"] = Exercise(
     adalora_count,
-    [
-        ([(500, 200)], 3),
-        ([(6, 4), (6, 4), (4, 10)], 2),  # many layers of a model have the same shape
-        ([(17, 40), (3, 29), (17, 40), (51, 8)], 5),
-        ([(4, 4)], 8),  # a rank above the sides is wasteful, and still trained
-        ([], 4),
-    ],
+    SHAPES_AND_RANK,
     known(
         "this is the count of LoRA: the singular values are trained, too",
         lora_count,

@@ -9,14 +9,12 @@ validation split:
 docs/decisions.md.
 """
 
-import random
 from dataclasses import replace
 
 from recording import record
 
 from course_lib import models
-from course_lib.alpaca import Record
-from course_lib.evaluation import evaluate_retention, read_retention, read_task, read_unknown
+from course_lib.evaluation import draw_examples, evaluate_retention, read_retention, read_unknown
 from course_lib.experiments import (
     Measure,
     Method,
@@ -57,14 +55,8 @@ def prompted(machine: Machine) -> list[Outcome]:
     training; a seed is another draw.
     """
     base, outcomes = models.load("smollm2-135m", machine), []
-    by_topic: dict[str, list[Record]] = {}
-    for each in read_task("train"):
-        by_topic.setdefault(each.extra["topic"], []).append(each)
     for seed in (0, 1, 2):
-        draw = random.Random(seed)
-        shots = [draw.choice(of_a_topic) for of_a_topic in by_topic.values()]
-        draw.shuffle(shots)
-        scores = week_experiment().score(base, shots)
+        scores = week_experiment().score(base, draw_examples(seed))
         outcomes.append(Outcome("ten examples in the prompt", {}, seed, 0, scores))
     return outcomes
 

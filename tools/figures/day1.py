@@ -337,7 +337,11 @@ def opening_rows(notebook: Notebook) -> list[str]:
     """Three questions of the opening with their replies, and how many of all were right."""
     rows = {row["question"].strip(): row for row in table_rows(notebook, "tiny_before = ")}
     unseen = [
-        found(notebook, "by_kind = ", rf"draw {draw}: [^\n]*After: (\d+) right and ended")[0]
+        found(
+            notebook,
+            "held_out_kinds(draw)]",
+            rf"draw {draw}, (?s:.*?) after *: [^\n]* (\d+) also end there",
+        )[0]
         for draw in range(3)
     ]
     chosen = ("Write the plural of the word. hammer", "Translate the word into Velan. hat")
