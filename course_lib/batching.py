@@ -82,15 +82,9 @@ def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def encode_prompt(
-    record: Record, tokenizer: "PreTrainedTokenizerBase", shots: Sequence[Record] = ()
-) -> list[int]:
-    """The ids the model answers to, after what the tokenizer puts before a text.
-
-    shots: records that stand before it with their answers, as examples (few-shot prompting)
-    """
-    answered = "".join(f"{shot.prompt}{shot.output}\n\n" for shot in shots)
-    return beginning(tokenizer) + encode_text(answered + record.prompt, tokenizer)
+def encode_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids the model answers to, after what the tokenizer puts before a text."""
+    return beginning(tokenizer) + encode_text(record.prompt, tokenizer)
 
 
 def beginning(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -107,13 +101,11 @@ def beginning(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 def encode(
     record: Record,
     tokenizer: "PreTrainedTokenizerBase",
-    shots: Sequence[Record] = (),
     *,
     mask_prompt: bool = True,
 ) -> Example:
     """Prompt, answer, EOS.
 
-    shots: as for `encode_prompt`
     mask_prompt: False trains on the prompt too, for the comparison of Day 1
 
     >>> from course_lib import models, runtime
@@ -122,11 +114,23 @@ def encode(
     >>> tokenizer.decode(example.supervised_ids)
     '2<|endoftext|>'
     """
+    return with_answer(
+        encode_prompt(record, tokenizer), record.output, tokenizer, mask_prompt=mask_prompt
+    )
+
+
+def with_answer(
+    prompt_ids: list[int],
+    answer: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    mask_prompt: bool = True,
+) -> Example:
+    """These ids, the answer, EOS; mask_prompt: as for `encode`."""
     if tokenizer.eos_token_id is None:
         advice = "set tokenizer.eos_token to the token that ends a text"
         raise CourseError(f"the tokenizer has no EOS, so no answer could end: {advice}")
-    prompt_ids = encode_prompt(record, tokenizer, shots)
-    answer_ids = [*encode_text(record.output, tokenizer), tokenizer.eos_token_id]
+    answer_ids = [*encode_text(answer, tokenizer), tokenizer.eos_token_id]
     prompt_labels = [IGNORED] * len(prompt_ids) if mask_prompt else prompt_ids
     return Example(prompt_ids + answer_ids, prompt_labels + answer_ids)
 

@@ -34,10 +34,10 @@ from course_lib.batching import (
     beginning,
     check_ids,
     collate,
-    encode,
     encode_prompt,
     encode_text,
     most_positions,
+    with_answer,
 )
 from course_lib.jsonfile import DataError
 from course_lib.objective import supervised_logits
@@ -223,8 +223,8 @@ def evaluate(
     """Answer every question of the task greedily in the Alpaca template and compare with its
     record. Batched; changes nothing.
 
-    shots: records that stand answered before each question; a reply then ends at its first "}",
-        since nothing teaches the model to stop there
+    shots: records that stand answered before each question (few-shot prompting), all as turns of a
+        chat in the model's own template
     """
     if not records:
         raise CourseError("there are no questions to evaluate on")
@@ -235,10 +235,8 @@ def evaluate(
                 "read_task(...)"
             )
     with measure(base.model.device.type) as cost:
-        prompts = [encode_prompt(record, base.tokenizer, shots) for record in records]
+        prompts = [_prompt(base, record, shots) for record in records]
         replies = generate(base, prompts, ANSWER_TOKENS, batch_size)
-    if shots:
-        replies = ["".join(reply.partition("}")[:2]) for reply in replies]
     return TaskScore(
         [judge(record, reply) for record, reply in zip(records, replies, strict=True)], cost.seconds
     )
@@ -346,8 +344,10 @@ class Headline:
             )
 
         guessed = any(result.get("guess") is not None for result in self.results.values())
+        had_before = any(result.get("before") is not None for result in self.results.values())
         return [
-            {"": name, "before": shown(result, "before")}
+            {"": name}
+            | ({"before": shown(result, "before")} if had_before else {})
             | ({"your guess": str(result.get("guess", ""))} if guessed else {})
             | {"after": shown(result, "after")}
             for name, result in self.results.items()
@@ -370,7 +370,11 @@ def score_answers(
     _check_batch_size(batch_size)
     if not records:
         raise CourseError("there are no records to score")
-    examples = [encode(record, base.tokenizer, shots) for record in records]
+    prompts = [_prompt(base, record, shots) for record in records]
+    examples = [
+        with_answer(prompt, record.output, base.tokenizer)
+        for prompt, record in zip(prompts, records, strict=True)
+    ]
     _check_lengths(base, max(map(len, examples)))
     tokens = (token for example in examples for token in example.input_ids)
     check_ids(tokens, base.model, base.tokenizer)
@@ -461,15 +465,33 @@ def text_scores(
     return {"ROUGE-L": 100 * sum(f1) / len(f1), "BLEU": min(bleu, 100.0)}
 
 
-def chat_prompt(base: "Loaded", question: str) -> list[int]:
+def _prompt(base: "Loaded", record: Record, shots: Sequence[Record]) -> list[int]:
+    """The Alpaca template, or a chat if examples stand before the question."""
+    if shots:
+        return chat_prompt(base, asked(record), shots)
+    return encode_prompt(record, base.tokenizer)
+
+
+def asked(record: Record) -> str:
+    """Instruction and input as one line, for a chat."""
+    return f"{record.instruction} {record.input}".strip()
+
+
+def chat_prompt(base: "Loaded", question: str, shots: Sequence[Record] = ()) -> list[int]:
     """A plain question as the model's own chat template puts it; a plain base, which has none, gets
-    a question-and-answer page.
+    a question-and-answer page. shots: answered before it, as turns of the same chat.
     """
     if base.tokenizer.chat_template is None:
-        page = f"Question: {question}\nAnswer:"
+        pages = [f"Question: {asked(shot)}\nAnswer: {shot.output}\n\n" for shot in shots]
+        page = f"{''.join(pages)}Question: {question}\nAnswer:"
         return beginning(base.tokenizer) + encode_text(page, base.tokenizer)
+    turns = [
+        {"role": role, "content": text}
+        for shot in shots
+        for role, text in (("user", asked(shot)), ("assistant", shot.output))
+    ]
     text = base.tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        [*turns, {"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
     )
     return base.tokenizer(text, add_special_tokens=False)["input_ids"]
 

@@ -7,13 +7,15 @@ The title of a figure is its finding, so the caller gives it; axes carry their u
 
 import html
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from IPython.display import HTML
     from matplotlib.axes import Axes
 
 INK, ACCENT, GOOD, PALE = "#1b263b", "#d1495b", "#2a9d8f", "#cfd8dc"
+MUTED = "#5c656d"
+TRAINED, MASKED = "#b7e4c7", "#eeeeee"  # the colours of batching.show_mask
 COLORS = (ACCENT, GOOD, INK, "#c58b1b", "#7a5195", "#8d99ae")  # of lines and groups
 
 
@@ -179,20 +181,126 @@ def plot_seeds(
 def plot_bars(
     bars: Mapping[str, Sequence[float]], title: str, xlabel: str, marked: Sequence[str] = ()
 ) -> "Axes":
-    """A bar a row: the mean over seeds, with its number, and a dot a seed.
+    """A bar a row: the mean over seeds, with its number to the right, and a dot a seed.
 
     bars: label -> the values of all seeds; marked: labels of the bars in green
     """
     axes = _axes(title)
     means = [sum(seeds) / len(seeds) for seeds in bars.values()]
+    widest = max(map(max, bars.values()))
     colors = [GOOD if label in marked else PALE for label in bars]
     axes.barh(list(bars), means, color=colors, height=0.66)
     for row, (mean, seeds) in enumerate(zip(means, bars.values(), strict=True)):
         axes.scatter(seeds, [row] * len(seeds), color="white", edgecolor=INK, s=30, zorder=3)
-        axes.text(1.02 * max(seeds), row, f"  {mean:.0f}", va="center", color=INK, weight="bold")
+        axes.text(1.05 * widest, row, f"{mean:.0f}", va="center", color=INK, weight="bold")
     axes.invert_yaxis()
-    axes.set(xlabel=xlabel, xlim=(0, 1.12 * max(map(max, bars.values()))))
+    axes.text(1.05 * widest, -0.8, "mean", va="bottom", color=INK)
+    axes.set(xlabel=xlabel, xlim=(0, 1.16 * widest))
     return axes
+
+
+def plot_lora(rows: int, columns: int, rank: int) -> "Axes":
+    """A frozen matrix (rows, columns) beside LoRA's two; the thin sides are drawn wider than true,
+    or they would not be seen.
+    """
+    axes = canvas(11, 5)
+    height, width, thin = 3.6, 3.6 * columns / rows, 0.26
+    for x, text in ((0.75, "h  ="), (4.0, "x  +"), (5.75, "(alpha / r)"), (10.3, "x")):
+        centred(axes, x, 2.4, text, size=26)
+    box(axes, 2.4, 2.4, width, height, "W0\nfrozen", MASKED, size=22)
+    box(axes, 7.3, 2.4, thin, height, "", ACCENT)
+    box(axes, 9.0, 2.4, width, thin, "", GOOD)
+    for x, y, text, color, weight in (
+        (2.4, 4.55, f"{rows} x {columns} = {rows * columns:,}", MUTED, "normal"),
+        (7.3, 4.55, f"B: {rows} x {rank} = {rows * rank:,}", ACCENT, "bold"),
+        (9.0, 2.75, f"A: {rank} x {columns} = {rank * columns}", GOOD, "bold"),
+        (7.3, 0.12, "starts at zero", ACCENT, "normal"),
+        (9.0, 1.85, "starts random", GOOD, "normal"),
+    ):
+        axes.text(x, y, text, ha="center", color=color, weight=weight)
+    trained = rank * (rows + columns)
+    axes.text(9.35, 0.75, f"trained: {trained:,}", ha="center", color=INK, size=20, weight="bold")
+    return axes
+
+
+def canvas(width: float, height: float) -> "Axes":
+    """An empty drawing whose unit is an inch."""
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.axis("off")
+    return axes
+
+
+def box(
+    axes: "Axes",
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    text: str,
+    face: str,
+    **style: Any,
+) -> None:
+    """A rounded box around its centre (x, y)."""
+    from matplotlib.patches import FancyBboxPatch
+
+    corner = (x - width / 2, y - height / 2)
+    shape = "round,pad=0,rounding_size=0.08"
+    axes.add_patch(FancyBboxPatch(corner, width, height, shape, facecolor=face, edgecolor="none"))
+    centred(axes, x, y, text, **style)
+
+
+def centred(axes: "Axes", x: float, y: float, text: str, **style: Any) -> None:
+    axes.text(x, y, text, **({"ha": "center", "va": "center", "color": INK} | style))
+
+
+def by_matrix(values: Mapping[str, float]) -> dict[str, list[float]]:
+    """What layers have, as a row a matrix and a column a block; a dot in a layer's name stands
+    before the number of its block.
+
+    >>> by_matrix({"layers.0.q_proj": 4, "layers.0.down_proj": 7, "layers.1.q_proj": 3})
+    {'q': [4, 3], 'down': [7]}
+    """
+    rows: dict[str, list[float]] = {}
+    for path, value in values.items():
+        rows.setdefault(path.rpartition(".")[2].removesuffix("_proj"), []).append(value)
+    return rows
+
+
+def plot_layers(panels: Mapping[str, Mapping[str, float]], title: str, unit: str) -> "Axes":
+    """A heat map a panel, a row a matrix, a column a block, all in one scale of colours.
+
+    panels: heading -> name of a layer -> value; unit: of the values
+    """
+    import matplotlib.pyplot as plt
+
+    grids = {heading: by_matrix(values) for heading, values in panels.items()}
+    highest = max(max(values.values()) for values in panels.values())
+    blocks = max(len(row) for grid in grids.values() for row in grid.values())
+    wide = blocks > 12
+    rows, columns = (len(grids), 1) if wide else (1, len(grids))
+    size = (9, 0.4 + 2.4 * rows) if wide else (max(4.2, 3.1 * columns), 3.4)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure.suptitle(title, color=INK)
+    for panel, (heading, grid) in zip(axes.flat, grids.items(), strict=True):
+        image = panel.imshow(
+            list(grid.values()), cmap="YlGnBu", vmin=0, vmax=highest, aspect="auto"
+        )
+        panel.set_yticks(range(len(grid)), list(grid))
+        if wide:
+            panel.set_xticks(range(0, blocks, 5))
+        else:
+            panel.set_xticks(range(blocks))
+            for y, row in enumerate(grid.values()):
+                for x, value in enumerate(row):
+                    color = "white" if value > 0.6 * highest else INK
+                    panel.text(x, y, f"{value:.3g}", ha="center", va="center", color=color)
+        panel.set(title=heading, xlabel="block")
+    figure.colorbar(image, ax=axes, label=unit)
+    return axes.flat[0]
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> "HTML":

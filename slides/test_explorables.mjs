@@ -2,7 +2,7 @@
 //
 //     node slides/test_explorables.mjs build/course/day1_alpaca.html build/slides/day1_alpaca.html
 //
-// Each must have drawn itself over its picture, compute what Python computed for each choice of its boxes, keep its keys to itself,
+// Each must have drawn itself over its picture, compute what Python computed for each choice of its inputs, keep its keys to itself,
 // and fit a phone. Prints one line a fault; ends with 1 if any, or if a page has none.
 import { existsSync } from "node:fs";
 import { basename, resolve } from "node:path";
@@ -12,21 +12,24 @@ import puppeteer from "puppeteer-core";
 // Runs inside a frame. Returns how many explorables it has, and their faults.
 function use() {
   const faults = [], hosts = [...document.querySelectorAll("div")].filter((element) => element.shadowRoot);
+  const move = (slider, value) => {
+    slider.value = value;
+    slider.dispatchEvent(new Event("input", { bubbles: true }));
+  };
   for (const host of hosts) {
-    const expected = JSON.parse(host.dataset.python), root = host.shadowRoot;
-    const [prompt, eos] = root.querySelectorAll("input[type=checkbox]"), place = root.querySelector("input[type=range]");
-    const loss = () => Number(root.querySelector("output").dataset.loss);
-    const choose = (box, value) => {
-      if (box.checked !== value) box.click();
-    };
-    for (const [name, choice] of Object.entries({ "answer and EOS": [false, true], answer: [false, false], all: [true, true] })) {
-      choose(prompt, choice[0]);
-      choose(eos, choice[1]);
-      if (!(Math.abs(loss() - expected[name]) < 1e-9)) faults.push(`${name}: ${loss()} in the browser, ${expected[name]} in Python`);
+    const root = host.shadowRoot;
+    const inputs = Object.fromEntries([...root.querySelectorAll("label")].map((label) => [label.textContent, label.querySelector("input")]));
+    const place = root.querySelector("input[type=range]"), shown = root.querySelector("output");
+    for (const { inputs: chosen, value } of JSON.parse(host.dataset.python)) {
+      for (const [name, choice] of Object.entries(chosen)) {
+        if (typeof choice === "number") move(inputs[name], choice);
+        else if (inputs[name].checked !== choice) inputs[name].click();
+      }
+      const found = Number(shown.dataset.value);
+      if (!(Math.abs(found - value) < 1e-9)) faults.push(`${JSON.stringify(chosen)}: ${found} in the browser, ${value} in Python`);
     }
     const before = root.querySelector("p").textContent;
-    place.value = place.max;
-    place.dispatchEvent(new Event("input", { bubbles: true }));
+    move(place, Number(place.value) > place.min ? place.min : place.max);
     if (root.querySelector("p").textContent === before) faults.push("the slider moves nothing");
     let heard = 0;
     document.addEventListener("keydown", () => heard++, { once: true });

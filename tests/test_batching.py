@@ -231,16 +231,6 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text_and_never_ends_one(tiny,
     assert batching.encode(record, tokenizer).input_ids.count(end) == 1 + bool(before)
 
 
-def test_examples_in_the_prompt_stand_answered_before_the_question_and_train_nothing(tiny, records):
-    *shots, record = records
-    text = "".join(f"{shot.prompt}{shot.output}\n\n" for shot in shots) + record.prompt
-    prompt = batching.encode_prompt(record, tiny.tokenizer, shots)
-    assert prompt == batching.encode_text(text, tiny.tokenizer)
-    example = batching.encode(record, tiny.tokenizer, shots)
-    assert example.input_ids[: len(prompt)] == prompt
-    assert example.supervised_ids == batching.encode(record, tiny.tokenizer).supervised_ids
-
-
 def test_a_tokenizer_without_eos_is_refused(tiny):
     tiny.tokenizer.eos_token = None
     with pytest.raises(CourseError, match="the tokenizer has no EOS, so no answer could end"):

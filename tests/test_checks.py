@@ -301,3 +301,13 @@ def test_days_are_found_and_none_is_named():
         assert (
             importlib.import_module(f"course_lib.checks.day{name[1]}").EXERCISES[name] is exercise
         )
+
+
+def test_of_dictionaries_only_what_differs_is_shown(capsys, monkeypatch):
+    about = {"a long part that is right": "x" * 90}
+    exercise = checks.Exercise(lambda n: about | {"sum": n}, [(3,)], {})
+    monkeypatch.setattr(checks, "exercises", lambda: {"E9.9": exercise})
+    checks.check("E9.9", lambda n: about | {"sum": n + 1})
+    shown = capsys.readouterr().out
+    assert "found     {'sum': 4}" in shown
+    assert "expected  {'sum': 3}" in shown

@@ -77,18 +77,35 @@ def test_the_perfect_model_scores_full_and_the_mute_one_nothing(tiny, monkeypatc
     assert evaluation.evaluate(tiny, records).rate("valid_json") == 0
 
 
-def test_after_examples_in_the_prompt_a_reply_ends_at_its_first_brace(tiny, monkeypatch):
+def test_examples_in_the_prompt_are_turns_of_a_chat(tiny, monkeypatch):
     shots, records = evaluation.read_task("train")[:2], evaluation.read_task("test")[:10]
+    prompt = evaluation.chat_prompt(tiny, evaluation.asked(records[0]), shots)
+    text = tiny.tokenizer.decode(prompt)
+    assert text.count("Question:") == 3
+    assert shots[0].output in text
+    assert records[0].output not in text
     by_prompt = {
-        tuple(evaluation.encode_prompt(record, tiny.tokenizer, shots)): record.output
+        tuple(evaluation.chat_prompt(tiny, evaluation.asked(record), shots)): record.output
         for record in records
     }
     monkeypatch.setattr(
         evaluation,
         "generate",
-        lambda base, prompts, *_: [by_prompt[tuple(prompt)] + "\n\n{" for prompt in prompts],
+        lambda base, prompts, *_: [by_prompt[tuple(prompt)] for prompt in prompts],
     )
     assert evaluation.evaluate(tiny, records, shots=shots).rate("right_answer") == 1
+
+
+def test_examples_in_the_prompt_stand_in_the_models_own_template(tiny, monkeypatch):
+    monkeypatch.setattr(
+        tiny.tokenizer,
+        "chat_template",
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}",
+    )
+    shot = Record("Add.", "2", input="1 + 1")
+    prompt = evaluation.chat_prompt(tiny, "How?", [shot])
+    said = tiny.tokenizer.decode(prompt).replace(" ", "")
+    assert said == "[user]Add.1+1[assistant]2[user]How?"
 
 
 def test_retention_counts_json_wrapped_replies_apart(tiny, monkeypatch):

@@ -20,7 +20,7 @@ def figure():
 
 
 def test_the_loss_of_each_choice_is_the_mean_of_what_counts(figure):
-    assert figure.data["python"] == {"answer and EOS": 1.5, "answer": 2.0, "all": 2.125}
+    assert [state["value"] for state in figure.data["python"]] == [1.5, 2.0, 2.125]
     assert figure.data["counts"] == [False, False, True, True]
 
 
@@ -42,11 +42,28 @@ def test_text_of_tokens_cannot_end_the_script(figure):
 
 def test_an_answer_without_eos_has_a_loss_as_well():
     figure = explorables.loss_of_an_example(["a", "b"], [0.5], [-100, 7])
-    assert figure.data["python"]["answer and EOS"] == 0.5
-    assert math.isfinite(figure.data["python"]["answer"])
+    both, answer, _ = (state["value"] for state in figure.data["python"])
+    assert both == 0.5
+    assert math.isfinite(answer)
 
 
 def test_a_page_of_its_own_holds_the_figure(figure):
     page = explorables.page(figure._repr_html_())
     assert page.startswith("<!doctype html>")
     assert figure._repr_html_() in page
+
+
+LAYERS = [f"model.layers.{block}.{name}_proj" for block in (0, 1) for name in ("q", "down")]
+
+
+def test_the_race_has_the_ranks_of_every_step_and_their_sums():
+    figure = explorables.race_of_ranks(LAYERS, [[4, 4, 4, 4], [4, 4, 3, 2], [0, 4, 1, 3]])
+    assert figure.data["matrices"] == ["q", "down"]
+    assert figure.data["history"] == [[[4, 4], [4, 4]], [[4, 3], [4, 2]], [[0, 1], [4, 3]]]
+    assert [state["value"] for state in figure.data["python"]] == [16, 13, 8]
+
+
+def test_the_race_of_a_real_run_stays_small():
+    names = [f"layers.{block}.{name}_proj" for block in range(4) for name in "abcdefg"]
+    figure = explorables.race_of_ranks(names, [[8] * 28] * 151)
+    assert len(figure._repr_html_()) < 60_000

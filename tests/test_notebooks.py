@@ -12,6 +12,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from course_lib import batching
+from course_lib.alpaca import Record
 from course_lib.runtime import CourseError
 from tools import notebooks
 from tools.page import write_page
@@ -298,3 +300,29 @@ with socket.create_server(("127.0.0.1", 0)) as server:
     )
     assert result.returncode == 0, result.stderr
     assert "PYTHONPATH=$(CURDIR)/tests/offline" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_the_day_without_the_package_trains_a_model(tmp_path, monkeypatch, no_network, capsys):
+    day = nbformat.read(ROOT / "notebooks" / "day1_alpaca.ipynb", as_version=4)
+    (folded,) = (cell.source for cell in day.cells if "AutoModelForCausalLM" in cell.source)
+    program = re.search(r"```python\n(.*?)```", folded, re.S)[1]
+    assert "course_lib" not in program
+    data = (ROOT / "data").as_posix()
+    for old, new in (
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", f"{data}/tiny_llama"),
+        ("data/structured_answers.json", f"{data}/structured_answers.json"),
+        ("32, 4, 1e-4", "8, 4, 1e-3"),
+    ):
+        assert program.count(old) == 1
+        program = program.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(program, names)
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-1] < losses[0] - 1
+    record = names["records"][0]
+    ours = batching.encode(
+        Record(record["instruction"], record["output"], record["input"]), names["tokenizer"]
+    )
+    assert names["example"](record) == (ours.input_ids, ours.labels)
+    assert (tmp_path / "my_model" / "model.safetensors").is_file()

@@ -467,8 +467,14 @@ def _show(value: Any) -> str:
 def _side_by_side(found: Any, expected: Any) -> list[str]:
     """Both results as text; short lists in columns, with a mark under what differs.
 
-    Of rows the first that differs.
+    Of rows the first that differs, of dictionaries the entries that differ.
     """
+    if isinstance(found, dict) and isinstance(expected, dict):
+        same = {key for key in found.keys() & expected.keys() if _agree(found[key], expected[key])}
+        found, expected = (
+            {key: value for key, value in one.items() if key not in same}
+            for one in (found, expected)
+        )
     both = isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected)
     if (
         both

@@ -335,7 +335,8 @@ EXERCISES["E1.4"] = Exercise(
         partial(step, zero=False),
         "your weights do not move: when the step is taken there is no gradient, not yet or no more",
         early_zero,
-        "you do not clip before the step: a gradient longer than 1 is to be shortened to 1",
+        "the step is taken with a gradient that is not clipped: after backward, before the step, "
+        "one longer than 1 is shortened to 1",
         partial(step, clip=lambda *a: None),
         "you clip each number: clip the length of the gradient, with clip_grad_norm_",
         partial(step, clip=torch.nn.utils.clip_grad_value_),

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from course_lib import plots
 from course_lib.batching import IGNORED
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ def page(output: str) -> str:
     )
 
 
+def state(value: float, inputs: Mapping[str, bool | int]) -> dict[str, Any]:
+    """The number that a figure must show when its inputs, by their labels, are set so."""
+    return {"inputs": dict(inputs), "value": value}
+
+
 def loss_of_an_example(
     tokens: Sequence[str], surprise: Sequence[float], labels: Sequence[int]
 ) -> Explorable:
@@ -67,22 +73,23 @@ def loss_of_an_example(
         where a token does not count, the last one of EOS
 
     >>> figure = loss_of_an_example(list("ab!$"), [3.0, 2.0, 1.0], [-100, -100, 5, 2])
-    >>> figure.data["python"]
-    {'answer and EOS': 1.5, 'answer': 2.0, 'all': 2.0}
+    >>> [state["value"] for state in figure.data["python"]]  # answer and EOS, answer, all
+    [1.5, 2.0, 2.0]
     """
     from matplotlib.figure import Figure
 
     counts = [label != IGNORED for label in labels[1:]]
     answer = [nats for nats, counted in zip(surprise, counts, strict=True) if counted]
+    prompt, eos = "count the prompt", "count EOS"
     data = {
         "tokens": list(tokens),
         "surprise": [*surprise],
         "counts": counts,
-        "python": {  # what the browser must compute, too
-            "answer and EOS": math.fsum(answer) / len(answer),
-            "answer": math.fsum(answer[:-1]) / max(1, len(answer) - 1),
-            "all": math.fsum(surprise) / len(surprise),
-        },
+        "python": [  # what the browser must compute, too
+            state(math.fsum(answer) / len(answer), {prompt: False, eos: True}),
+            state(math.fsum(answer[:-1]) / max(1, len(answer) - 1), {prompt: False, eos: False}),
+            state(math.fsum(surprise) / len(surprise), {prompt: True, eos: True}),
+        ],
     }
     picture = Figure(figsize=(8, 3.2), layout="constrained")
     axes, shown = picture.subplots(), min(20, len(surprise))
@@ -97,4 +104,45 @@ def loss_of_an_example(
         data,
         picture,
         f"How surprised the model is by each of the last {shown} tokens of an example",
+    )
+
+
+def race_of_ranks(layers: Sequence[str], history: Sequence[Sequence[int]]) -> Explorable:
+    """A slider over the steps of a run: the rank of every layer beside the budget of all.
+
+    layers: (L,) names; history: (steps + 1, L) ranks, before the first step and after each
+
+    >>> names = ["layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", "layers.1.v_proj"]
+    >>> figure = race_of_ranks(names, [[2, 2, 2, 2], [2, 2, 1, 1], [0, 2, 1, 1]])
+    >>> figure.data["matrices"], figure.data["history"][-1], figure.data["python"][-1]
+    (['q', 'v'], [[0, 1], [2, 1]], {'inputs': {'step': 2}, 'value': 4})
+    """
+    from matplotlib.figure import Figure
+
+    grids = [plots.by_matrix(dict(zip(layers, ranks, strict=True))) for ranks in history]
+    totals = [sum(ranks) for ranks in history]
+    last = len(history) - 1
+    data = {
+        "matrices": list(grids[0]),
+        "history": [[*grid.values()] for grid in grids],
+        "python": [state(totals[step], {"step": step}) for step in (0, last // 2, last)],
+    }
+    picture = Figure(figsize=(9, 3.4), layout="constrained")
+    heat, curve = picture.subplots(1, 2)
+    heat.imshow([*grids[-1].values()], cmap="YlGnBu", vmin=0, vmax=max(history[0]), aspect="auto")
+    heat.set_yticks(range(len(grids[-1])), grids[-1])
+    for y, row in enumerate(grids[-1].values()):
+        heat.set_xticks(range(len(row)))
+        for x, rank in enumerate(row):
+            color = "white" if rank > 0.6 * max(history[0]) else "#1b263b"
+            heat.text(x, y, rank, ha="center", va="center", color=color)
+    heat.set(title=f"rank of each matrix after step {last}", xlabel="block")
+    curve.step(range(last + 1), totals, where="post", color="#2a9d8f", linewidth=2.5)
+    curve.set(title="the budget: ranks in all matrices", xlabel="step", ylim=(0, None))
+    curve.spines[["top", "right"]].set_visible(False)
+    return Explorable(
+        "race_of_ranks",
+        data,
+        picture,
+        f"The rank of each of {len(layers)} matrices, and the sum of all, over {last} steps",
     )

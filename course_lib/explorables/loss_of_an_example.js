@@ -31,5 +31,5 @@ drawAlways(() => {
   const chosen = surprise.filter((_, i) => counted(i));
   const loss = chosen.reduce((a, b) => a + b, 0) / chosen.length;
   sum.textContent = `loss = mean of ${chosen.length} tokens = ${loss.toFixed(3)} nats`;
-  sum.dataset.loss = loss;
+  sum.dataset.value = loss;
 });

@@ -115,6 +115,20 @@ def rank_and_rate(machine: Machine) -> Sweep:
     return compare(methods, world_experiment(), machine)
 
 
+def fixed_alpha(machine: Machine) -> Sweep:
+    """LoRA on tiny with alpha 8 at every rank, so that the scale is 8 / rank: three ranks at four
+    learning rates each. Rank 4, with its scale of 2, is in rank_and_rate.
+    """
+    methods = [
+        Method(
+            "LoRA", rate, {"rank": rank, "layers": ALL, "scale": 8 / rank}, adapted(rank, alpha=8)
+        )
+        for rank in (1, 16, 64)
+        for rate in (2e-3, 5e-3, 1e-2, 2e-2)
+    ]
+    return compare(methods, world_experiment(), machine)
+
+
 def scaling(machine: Machine) -> Sweep:
     """LoRA of rank 64 on tiny with the scales 0.125 (alpha 8) and 8 (alpha 512, or alpha 64
     rank-stabilised); scale 2 is in rank_and_rate.
@@ -236,6 +250,7 @@ RECIPES = (
     update_tiny,
     update_smollm2,
     rank_and_rate,
+    fixed_alpha,
     scaling,
     scaling_of_the_week,
     where,

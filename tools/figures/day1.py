@@ -9,18 +9,12 @@ from matplotlib.axes import Axes
 
 from course_lib import experiments, explorables, memory, plots
 from course_lib.alpaca import Record
-from course_lib.plots import ACCENT, GOOD, INK, PALE
+from course_lib.plots import ACCENT, GOOD, INK, MASKED, MUTED, PALE, TRAINED, box, canvas, centred
 from tools.figures.drawing import (
-    MASKED,
-    MUTED,
-    TRAINED,
     Notebook,
     Row,
     Statements,
     arrow,
-    box,
-    canvas,
-    centred,
     found,
     headline,
     picture,
@@ -336,14 +330,9 @@ def stated(notebook: Notebook) -> Statements:
 def opening_rows(notebook: Notebook) -> list[str]:
     """Three questions of the opening with their replies, and how many of all were right."""
     rows = {row["question"].strip(): row for row in table_rows(notebook, "tiny_before = ")}
-    unseen = [
-        found(
-            notebook,
-            "held_out_kinds(draw)]",
-            rf"draw {draw}, (?s:.*?) after *: [^\n]* (\d+) also end there",
-        )[0]
-        for draw in range(3)
-    ]
+    (unseen,) = found(
+        notebook, "third_of_kinds(third)]", r"after *: of 180 replies (\d+) are the answer"
+    )
     chosen = ("Write the plural of the word. hammer", "Translate the word into Velan. hat")
     exact = [
         found(
@@ -359,7 +348,7 @@ def opening_rows(notebook: Notebook) -> list[str]:
         ),
         f"Of {exact[0][0]} replies, {exact[0][1]} were the right answer",
         f"after 90 steps {exact[1][1]} are",
-        "instruction never trained, three draws: {}, {}, {} of 60".format(*unseen),
+        f"instruction that were never trained: {unseen} of 180",
     ]
 
 

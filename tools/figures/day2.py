@@ -7,18 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from matplotlib.axes import Axes
 
-from course_lib import experiments, plots, surgery
+from course_lib import experiments, plots
 from course_lib.experiments import Outcome, Sweep
-from course_lib.plots import ACCENT, GOOD, INK, PALE
+from course_lib.plots import ACCENT, GOOD, INK, MASKED, MUTED, PALE, box, canvas, centred
 from tools.figures.drawing import (
-    MASKED,
-    MUTED,
     Notebook,
     Row,
     Statements,
-    box,
-    canvas,
-    centred,
     found,
     headline,
     printed,
@@ -202,27 +197,7 @@ def draw_energy() -> Axes:
 
 
 def draw_shapes() -> Axes:
-    """The three matrices of section 2.2; the thin sides are drawn wider than true, or they would
-    not be seen.
-    """
-    axes = canvas(11, 5)
-    height, width, thin = 3.6, 3.6 * COLUMNS / ROWS, 0.26
-    trained = surgery.lora_parameters([(ROWS, COLUMNS)], RANK)
-    for x, text in ((0.75, "h  ="), (4.0, "x  +"), (5.75, "(alpha / r)"), (10.3, "x")):
-        centred(axes, x, 2.4, text, size=26)
-    box(axes, 2.4, 2.4, width, height, "W0\nfrozen", MASKED, size=22)
-    box(axes, 7.3, 2.4, thin, height, "", ACCENT)
-    box(axes, 9.0, 2.4, width, thin, "", GOOD)
-    for x, y, text, color, weight in (
-        (2.4, 4.55, f"{ROWS} x {COLUMNS} = {ROWS * COLUMNS:,}", MUTED, "normal"),
-        (7.3, 4.55, f"B: {ROWS} x {RANK} = {ROWS * RANK:,}", ACCENT, "bold"),
-        (9.0, 2.75, f"A: {RANK} x {COLUMNS} = {RANK * COLUMNS}", GOOD, "bold"),
-        (7.3, 0.12, "starts at zero", ACCENT, "normal"),
-        (9.0, 1.85, "starts random", GOOD, "normal"),
-    ):
-        axes.text(x, y, text, ha="center", color=color, weight=weight)
-    axes.text(9.35, 0.75, f"trained: {trained:,}", ha="center", color=INK, size=20, weight="bold")
-    return axes
+    return plots.plot_lora(ROWS, COLUMNS, RANK)
 
 
 def draw_start(notebook: Notebook) -> Axes:
@@ -253,15 +228,11 @@ def draw_start(notebook: Notebook) -> Axes:
 
 
 def draw_rates() -> Axes:
-    """Exact match of every run on `tiny`, by rank and learning rate."""
-    return seeds_by_rate(
-        {
-            f"r = {rank}": experiments.read("lora_rank_and_rate").where(rank=rank)
-            for rank in (1, 4, 16, 64)
-        },
-        "exact match",
-        "% exact match",
-    )
+    """Exact match on `tiny` by learning rate, every run: two ranks, two rules for alpha."""
+    grown, fixed = experiments.read("lora_rank_and_rate"), experiments.read("lora_fixed_alpha")
+    sweeps = {f"r = {rank}, alpha = {2 * rank}": grown.where(rank=rank) for rank in (1, 64)}
+    sweeps |= {f"r = {rank}, alpha = 8": fixed.where(rank=rank) for rank in (1, 64)}
+    return seeds_by_rate(sweeps, "exact match", "% exact match")
 
 
 def draw_scales() -> Axes:
@@ -339,7 +310,6 @@ def draw_forgetting() -> Axes:
     lora = task_runs("LoRA") + experiments.read("lora_rank_of_the_week")
     groups = {"full fine-tuning": task_runs("full fine-tuning")}
     groups |= {f"LoRA, r = {rank}": lora.where(rank=rank) for rank in (1, 8, 64)}
-    groups["LoRA, r = 64, scale 8"] = experiments.read("lora_scaling_of_the_week")
     points = {}
     for name, group in groups.items():
         rates = sorted({run.settings["learning rate"] for run in group.outcomes})
@@ -449,8 +419,13 @@ def said(notebook: Notebook) -> Statements:
         rank: round(ranks.where(rank=rank, learning_rate=5e-3).mean("exact match"))
         for rank in (1, 4, 16, 64)
     }
+    fixed = experiments.read("lora_fixed_alpha")
+    kept = {
+        rank: round(fixed.where(rank=rank, learning_rate=5e-3).mean("exact match"))
+        for rank in (1, 16, 64)
+    }
     full, lora = found(
-        notebook, "before activations;", r"'full fine-tuning': '([\d.]+) GB', 'LoRA': '([\d.]+) GB'"
+        notebook, "before activations", r"'full fine-tuning': '([\d.]+) GB', 'LoRA': '([\d.]+) GB'"
     )
     blends = {row["weights"]: row for row in table_rows(notebook, "for opening, close in (")}
     half, both = blends["0.5 / 0.5"], blends["1 / 1"]
@@ -464,9 +439,9 @@ def said(notebook: Notebook) -> Statements:
         for rate in (5e-4, 2e-3, None)
     }
     return {
-        "Each rank has": [
-            f"all four lie between {min(best.values())} and {max(best.values())}",
+        "What alpha / r": [
             f"{shared[1]}, {shared[4]}, {shared[16]} and {shared[64]} percent",
+            f"get {kept[1]}, {shared[4]}, {kept[16]} and {kept[64]}",
         ],
         "Audit": [
             f"at 0.0005 scale eight wins, {by_scale[5e-4][8]} against {by_scale[5e-4][2]}",

@@ -1,6 +1,4 @@
-"""What the figures of all days share: reading a notebook's outputs, the table of the week, boxes
-and arrows.
-"""
+"""What the figures of all days share: a notebook's outputs, the table of the week, arrows."""
 
 import base64
 import json
@@ -13,17 +11,13 @@ from xml.etree import ElementTree
 import matplotlib
 
 matplotlib.use("agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.patches import FancyBboxPatch
 
 from course_lib import evaluation, experiments
 from course_lib.plots import INK
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDE = (11, 4.6)  # inches; at 1140 pixels a letter of 16 points is 23 pixels high
-TRAINED, MASKED = "#b7e4c7", "#eeeeee"  # the colours of batching.show_mask
-MUTED = "#5c656d"
 Notebook = dict[str, Any]
 Row = dict[str, Any]  # of a table: column -> cell
 Statements = dict[str, list[str]]  # the begin of a slide's title -> what must stand there
@@ -126,29 +120,6 @@ def headline(notebook: Notebook) -> dict[str, dict[str, Any]]:
 def widened(axes: Axes) -> Axes:
     axes.figure.set_size_inches(*WIDE)
     return axes
-
-
-def canvas(width: float, height: float) -> Axes:
-    """An empty drawing whose unit is an inch."""
-    figure = plt.figure(figsize=(width, height))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(0, height))
-    axes.axis("off")
-    return axes
-
-
-def box(
-    axes: Axes, x: float, y: float, width: float, height: float, text: str, face: str, **style: Any
-) -> None:
-    """A rounded box around its centre (x, y)."""
-    corner = (x - width / 2, y - height / 2)
-    shape = "round,pad=0,rounding_size=0.08"
-    axes.add_patch(FancyBboxPatch(corner, width, height, shape, facecolor=face, edgecolor="none"))
-    centred(axes, x, y, text, **style)
-
-
-def centred(axes: Axes, x: float, y: float, text: str, **style: Any) -> None:
-    axes.text(x, y, text, **({"ha": "center", "va": "center", "color": INK} | style))
 
 
 def arrow(
