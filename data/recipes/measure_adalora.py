@@ -38,7 +38,7 @@ SCALES = (0.125, 2.0)  # alpha / r of AdaLoRA and of LoRA in the table of the au
 WEEK_BEST = {  # by `week_rates`
     ("LoRA", 2.0): 2e-3,
     ("AdaLoRA", 2.0): 2e-2,
-    ("AdaLoRA", 0.125): 1e-1,
+    ("AdaLoRA", 0.125): 5e-2,
 }
 
 
