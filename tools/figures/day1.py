@@ -56,7 +56,11 @@ def figures(notebook: Notebook) -> dict[str, Callable[[], Axes | bytes]]:
 
 def tables(notebook: Notebook) -> list[list[Row]]:
     """The tables of the deck that are measured."""
-    weeks = week_rows("untouched", "ten examples in the prompt", "full fine-tuning")
+    weeks = week_rows(
+        experiments.read("week").where(
+            "untouched", "ten examples in the prompt", "full fine-tuning"
+        )
+    )
     return [weeks, changed_rows(notebook)]
 
 

@@ -51,7 +51,7 @@ def tables(notebook: Notebook) -> list[list[Row]]:
         switch_rows(notebook),
         cut_rows(),
         result_rows(notebook),
-        week_rows(*WEEK),
+        week_rows(experiments.read("week").where(*WEEK)),
         rank_rows(),
         merge_rows(notebook),
         checkpoint_rows(notebook),

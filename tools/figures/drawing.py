@@ -13,7 +13,8 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib.axes import Axes
 
-from course_lib import evaluation, experiments
+from course_lib import evaluation
+from course_lib.experiments import Sweep
 from course_lib.plots import INK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,11 +83,11 @@ def table_rows(notebook: Notebook, fragment: str) -> list[dict[str, str]]:
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
-def week_rows(*methods: str) -> list[Row]:
-    """The rows of these methods in the table of the week: means over seeds, of rates with their 95
-    % interval.
+def week_rows(sweep: Sweep) -> list[Row]:
+    """The rows of a sweep on the task of the week: means over seeds, of rates with their 95 %
+    interval.
     """
-    sweep, rows = experiments.read("week").where(*methods), []
+    rows = []
     for label, runs in sweep.by_label().items():
         row: Row = {
             "method": label.partition(", learning rate")[0],
