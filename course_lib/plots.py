@@ -194,7 +194,8 @@ def plot_bars(
         axes.scatter(seeds, [row] * len(seeds), color="white", edgecolor=INK, s=30, zorder=3)
         axes.text(1.05 * widest, row, f"{mean:.0f}", va="center", color=INK, weight="bold")
     axes.invert_yaxis()
-    axes.text(1.05 * widest, -0.8, "mean", va="bottom", color=INK)
+    axes.text(1.05 * widest, -0.75, "mean", va="center", color=INK)
+    axes.set_title(title, color=INK, pad=16)
     axes.set(xlabel=xlabel, xlim=(0, 1.16 * widest))
     return axes
 

@@ -21,7 +21,6 @@ from tools import notebooks
 
 REPOSITORY = Path(__file__).parents[1]
 DAYS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
-DRAFTS = sorted((REPOSITORY / "docs").glob("draft_*.ipynb"))  # exercises whose day is being written
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def exercises_of(path):
             yield match[1], InNotebook(path, match[2], label, stub, cells[i + 1].source)
 
 
-EXERCISES = {name: exercise for path in DAYS + DRAFTS for name, exercise in exercises_of(path)}
+EXERCISES = {name: exercise for path in DAYS for name, exercise in exercises_of(path)}
 
 
 def test_notebooks_and_checks_hold_the_same_exercises():

@@ -88,6 +88,14 @@ def test_seeds_are_dots_around_the_line_of_their_means():
 def test_bars_show_their_mean_and_every_seed():
     axes = plots.plot_bars({"q": [10.0, 30.0], "all": [80.0]}, "All is best", "%", marked=["all"])
     assert [bar.get_width() for bar in axes.patches] == [20, 80]
-    assert [text.get_text().strip() for text in axes.texts] == ["20", "80"]
+    assert [text.get_text().strip() for text in axes.texts] == ["20", "80", "mean"]
     assert sum(len(group.get_offsets()) for group in axes.collections) == 3
     assert axes.patches[0].get_facecolor() != axes.patches[1].get_facecolor()
+
+
+def test_layers_are_a_row_a_matrix_and_a_column_a_block():
+    ranks = {f"layers.{block}.{name}_proj": 4.0 for block in (0, 1, 2) for name in ("q", "down")}
+    axes = plots.plot_layers({"before": ranks, "after": ranks}, "Ranks", "rank")
+    assert axes.images[0].get_array().shape == (2, 3)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["q", "down"]
+    assert {text.get_text() for text in axes.texts} == {"4"}

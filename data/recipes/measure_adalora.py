@@ -14,7 +14,14 @@ from recording import record
 from torch import Generator, Tensor
 
 from course_lib import evaluation, world
-from course_lib.adalora import Budget, adalora_layers, add_adalora, keep_top, penalized_loss
+from course_lib.adalora import (
+    Budget,
+    Schedule,
+    adalora_layers,
+    add_adalora,
+    keep_top,
+    penalized_loss,
+)
 from course_lib.experiments import (
     Experiment,
     Measure,
@@ -28,6 +35,7 @@ from course_lib.experiments import (
 )
 from course_lib.lora import lora_layers
 from course_lib.models import Loaded
+from course_lib.objective import summed_loss
 from course_lib.runtime import Machine
 from course_lib.surgery import ALL_LINEAR
 
@@ -191,6 +199,51 @@ def cut(machine: Machine) -> Sweep:
     return Sweep(outcomes, {"exact match": task.measures["exact match"]})
 
 
+def pairs(machine: Machine) -> Sweep:
+    """LoRA on tiny from rank 8 to 4 and to 1 on average: on the schedule of AdaLoRA, the smallest
+    pairs of a column of B and a row of A are set to zero during the training.
+    """
+    task = world_experiment()
+
+    def method(target: int) -> Method:
+        def prepare(base: Loaded) -> dict[str, object]:
+            adapted(START)(base)
+            adapters = [layer.adapters["default"] for layer in lora_layers(base.model).values()]
+            count = len(adapters)
+            phases = {"initial_steps": task.steps // 10, "final_steps": task.steps // 3, "every": 1}
+            schedule = Schedule(START * count, target * count, steps=task.steps, **phases)
+
+            @torch.no_grad()
+            def prune(model: object, step: int) -> None:
+                if step <= schedule.last_pruning:
+                    sizes = [one.B.norm(dim=0) * one.A.norm(dim=1) for one in adapters]
+                    prune.kept = keep_top(torch.stack(sizes), schedule.budget(step))
+                for adapter, row in zip(adapters, prune.kept, strict=True):
+                    adapter.B.mul_(row)
+                    adapter.A.mul_(row[:, None])
+
+            return {"after_step": prune}
+
+        return Method("LoRA", 5e-3, {"rank at the start": START, "rank": target}, prepare)
+
+    return compare([method(target) for target in (TARGET, 1)], task, machine)
+
+
+def no_penalty(machine: Machine) -> Sweep:
+    """AdaLoRA on tiny without the orthogonality penalty, from rank 8 to 4 and to 1 on average."""
+    task = world_experiment()
+
+    def method(target: int) -> Method:
+        def prepare(base: Loaded) -> dict[str, object]:
+            options = budgeted(START, target, task.steps)(base) or {}
+            return options | {"loss": summed_loss}
+
+        settings = {"rank at the start": START, "rank": target, "penalty": 0}
+        return Method("AdaLoRA", BEST, settings, prepare)
+
+    return compare([method(target) for target in (TARGET, 1)], task, machine)
+
+
 def phases(machine: Machine) -> Sweep:
     """The schedule of AdaLoRA on tiny, from rank 8 to 4 on average in 150 steps: the steps before
     the first pruning, the steps after the last, and the steps from one pruning to the next.
@@ -265,7 +318,19 @@ def week(machine: Machine) -> Sweep:
     return compare(methods, task, machine)
 
 
-RECIPES = (cut, budgets, ranks, criteria, phases, scales, week_rates, week, week_ranks)
+RECIPES = (
+    cut,
+    pairs,
+    no_penalty,
+    budgets,
+    ranks,
+    criteria,
+    phases,
+    scales,
+    week_rates,
+    week,
+    week_ranks,
+)
 
 if __name__ == "__main__":
     record(RECIPES, "adalora_")
