@@ -126,21 +126,17 @@ def draw_budget() -> Axes:
 
 
 def draw_criteria() -> Axes:
-    bars = {
-        f"rank {runs[0].settings['rank']}: {runs[0].settings['pruned by']}": [
-            run.scores["exact match"] for run in runs
-        ]
-        for runs in experiments.read("adalora_criteria").by_label().values()
-    }
+    criteria, bars = experiments.read("adalora_criteria"), {}
+    names = dict.fromkeys(run.settings["pruned by"] for run in criteria.outcomes)
     for rank in (4, 1):
-        runs = experiments.read("adalora_pairs").where(rank=rank).outcomes
-        bars[f"rank {rank}: LoRA, its smallest pairs"] = [run.scores["exact match"] for run in runs]
-        runs = experiments.read("adalora_no_penalty").where(rank=rank).outcomes
-        bars[f"rank {rank}: AdaLoRA's, without the penalty"] = [
-            run.scores["exact match"] for run in runs
-        ]
+        ways = {name: criteria.where(rank=rank, pruned_by=name) for name in names}
+        ways["AdaLoRA's, without the penalty"] = experiments.read("adalora_no_penalty").where(
+            rank=rank
+        )
+        ways["LoRA, its smallest pairs"] = experiments.read("adalora_pairs").where(rank=rank)
+        for name, runs in ways.items():
+            bars[f"rank {rank}: {name}"] = [run.scores["exact match"] for run in runs.outcomes]
     own = [name for name in bars if name.endswith("× uncertainty")]
-    bars = dict(sorted(bars.items(), reverse=True))
     return widened(plots.plot_bars(bars, "", "% exact match", own))
 
 
