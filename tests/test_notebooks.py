@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -316,8 +317,8 @@ def test_the_day_without_the_package_trains_a_model(tmp_path, monkeypatch, no_ne
         assert program.count(old) == 1
         program = program.replace(old, new)
     monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(program, names)
+    (tmp_path / "alone.py").write_text(program, encoding="utf-8")
+    names = runpy.run_path("alone.py")
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert losses[-1] < losses[0] - 1
     record = names["records"][0]
