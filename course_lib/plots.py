@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from IPython.display import HTML
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 INK, ACCENT, GOOD, PALE = "#1b263b", "#d1495b", "#2a9d8f", "#cfd8dc"
 MUTED = "#5c656d"
@@ -271,6 +272,22 @@ def by_matrix(values: Mapping[str, float]) -> dict[str, list[float]]:
     return rows
 
 
+def draw_heat(
+    axes: "Axes", grid: Mapping[str, Sequence[float]], highest: float, numbers: bool = True
+) -> "AxesImage":
+    """What `by_matrix` gives as a heat map, from 0 to `highest`; numbers: in each field, too."""
+    image = axes.imshow([*grid.values()], cmap="YlGnBu", vmin=0, vmax=highest, aspect="auto")
+    blocks = max(map(len, grid.values()))
+    axes.set_yticks(range(len(grid)), list(grid))
+    axes.set_xticks(range(0, blocks, 1 if numbers else 5))
+    axes.set_xlabel("block")
+    for y, row in enumerate(grid.values() if numbers else ()):
+        for x, value in enumerate(row):
+            color = "white" if value > 0.6 * highest else INK
+            axes.text(x, y, f"{value:.3g}", ha="center", va="center", color=color)
+    return image
+
+
 def plot_layers(panels: Mapping[str, Mapping[str, float]], title: str, unit: str) -> "Axes":
     """A heat map a panel, a row a matrix, a column a block, all in one scale of colours.
 
@@ -287,19 +304,8 @@ def plot_layers(panels: Mapping[str, Mapping[str, float]], title: str, unit: str
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     figure.suptitle(title, color=INK)
     for panel, (heading, grid) in zip(axes.flat, grids.items(), strict=True):
-        image = panel.imshow(
-            list(grid.values()), cmap="YlGnBu", vmin=0, vmax=highest, aspect="auto"
-        )
-        panel.set_yticks(range(len(grid)), list(grid))
-        if wide:
-            panel.set_xticks(range(0, blocks, 5))
-        else:
-            panel.set_xticks(range(blocks))
-            for y, row in enumerate(grid.values()):
-                for x, value in enumerate(row):
-                    color = "white" if value > 0.6 * highest else INK
-                    panel.text(x, y, f"{value:.3g}", ha="center", va="center", color=color)
-        panel.set(title=heading, xlabel="block")
+        image = draw_heat(panel, grid, highest, numbers=not wide)
+        panel.set_title(heading)
     figure.colorbar(image, ax=axes, label=unit)
     return axes.flat[0]
 

@@ -129,15 +129,9 @@ def race_of_ranks(layers: Sequence[str], history: Sequence[Sequence[int]]) -> Ex
     }
     picture = Figure(figsize=(9, 3.4), layout="constrained")
     heat, curve = picture.subplots(1, 2)
-    heat.imshow([*grids[-1].values()], cmap="YlGnBu", vmin=0, vmax=max(history[0]), aspect="auto")
-    heat.set_yticks(range(len(grids[-1])), grids[-1])
-    for y, row in enumerate(grids[-1].values()):
-        heat.set_xticks(range(len(row)))
-        for x, rank in enumerate(row):
-            color = "white" if rank > 0.6 * max(history[0]) else "#1b263b"
-            heat.text(x, y, rank, ha="center", va="center", color=color)
-    heat.set(title=f"rank of each matrix after step {last}", xlabel="block")
-    curve.step(range(last + 1), totals, where="post", color="#2a9d8f", linewidth=2.5)
+    plots.draw_heat(heat, grids[-1], max(history[0]))
+    heat.set_title(f"rank of each matrix after step {last}")
+    curve.step(range(last + 1), totals, where="post", color=plots.GOOD, linewidth=2.5)
     curve.set(title="the budget: ranks in all matrices", xlabel="step", ylim=(0, None))
     curve.spines[["top", "right"]].set_visible(False)
     return Explorable(

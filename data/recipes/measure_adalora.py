@@ -46,6 +46,7 @@ SCALES = (0.125, 2.0)  # alpha / r of AdaLoRA and of LoRA in the table of the au
 WEEK_BEST = {  # by `week_rates`
     ("LoRA", 2.0): 2e-3,
     ("AdaLoRA", 2.0): 2e-2,
+    ("LoRA", 0.125): 2e-2,
     ("AdaLoRA", 0.125): 5e-2,
 }
 
@@ -213,12 +214,15 @@ def pairs(machine: Machine) -> Sweep:
             phases = {"initial_steps": task.steps // 10, "final_steps": task.steps // 3, "every": 1}
             schedule = Schedule(START * count, target * count, steps=task.steps, **phases)
 
+            kept = torch.ones(count, START, dtype=torch.bool)
+
             @torch.no_grad()
             def prune(model: object, step: int) -> None:
+                nonlocal kept
                 if step <= schedule.last_pruning:
                     sizes = [one.B.norm(dim=0) * one.A.norm(dim=1) for one in adapters]
-                    prune.kept = keep_top(torch.stack(sizes), schedule.budget(step))
-                for adapter, row in zip(adapters, prune.kept, strict=True):
+                    kept = keep_top(torch.stack(sizes), schedule.budget(step))
+                for adapter, row in zip(adapters, kept, strict=True):
                     adapter.B.mul_(row)
                     adapter.A.mul_(row[:, None])
 
@@ -235,8 +239,7 @@ def no_penalty(machine: Machine) -> Sweep:
 
     def method(target: int) -> Method:
         def prepare(base: Loaded) -> dict[str, object]:
-            options = budgeted(START, target, task.steps)(base) or {}
-            return options | {"loss": summed_loss}
+            return {**budgeted(START, target, task.steps)(base), "loss": summed_loss}
 
         settings = {"rank at the start": START, "rank": target, "penalty": 0}
         return Method("AdaLoRA", BEST, settings, prepare)
@@ -313,6 +316,7 @@ def week(machine: Machine) -> Sweep:
         adalora(shared, both, task),
         adalora(shared, both, task, 0.125),
         lora(shared, WEEK_TARGET, 0.125),
+        lora(WEEK_BEST["LoRA", 0.125], WEEK_TARGET, 0.125),
         adalora(WEEK_BEST["AdaLoRA", 0.125], both, task, 0.125),
     ]
     return compare(methods, task, machine)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from matplotlib.axes import Axes
 
-from course_lib import adalora, experiments, explorables, plots
+from course_lib import experiments, explorables, plots
 from course_lib.experiments import Sweep
 from course_lib.plots import PALE
 from tools.figures.drawing import (
@@ -31,7 +31,7 @@ def figures(notebook: Notebook) -> dict[str, Callable[[], Axes | bytes | str]]:
             shown(notebook, "explorables.race_of_ranks(", "text/html")
         ),
         "cut": draw_cut,
-        "budget": draw_budget,
+        "budget": lambda: picture(notebook, "def as_printed("),
         "penalty": lambda: picture(notebook, "The penalty falls"),
         "criteria": draw_criteria,
         "ranks_tiny": lambda: draw_ranks("adalora_ranks"),
@@ -112,16 +112,6 @@ def draw_cut() -> Axes:
     }
     axes = plots.plot_seeds(lines, "", "kept a matrix, on average", "% exact match")
     axes.grid(axis="y", color=PALE)
-    return widened(axes)
-
-
-def draw_budget() -> Axes:
-    """The schedule of `tiny`."""
-    schedule = adalora.Schedule(224, 112, steps=150, initial_steps=15, final_steps=50, every=1)
-    curve = {step: schedule.budget(step) for step in range(0, 151, 5)}
-    axes = plots.plot_lines({"budget of tiny": curve}, "", "step", "triplets in 28 matrices")
-    for phase in ((0, 15), (100, 150)):
-        axes.axvspan(*phase, color=PALE, alpha=0.4)
     return widened(axes)
 
 
