@@ -310,6 +310,29 @@ def plot_layers(panels: Mapping[str, Mapping[str, float]], title: str, unit: str
     return axes.flat[0]
 
 
+def plot_dots(
+    rows: Mapping[str, Sequence[float]], title: str, xlabel: str, marked: Sequence[str] = ()
+) -> "Axes":
+    """A dot a seed and a line at the mean, with its number to the right: for values so near to each
+    other that bars from zero would hide what differs.
+
+    rows: label -> the values of all seeds; marked: labels of the rows in green
+    """
+    axes = _axes(title)
+    axes.figure.set_size_inches(7, 0.9 + 0.27 * len(rows))
+    for place, (label, seeds) in enumerate(rows.items()):
+        color, mean = GOOD if label in marked else INK, sum(seeds) / len(seeds)
+        axes.scatter(seeds, [place] * len(seeds), color=color, s=26, alpha=0.6)
+        axes.plot([mean, mean], [place - 0.35, place + 0.35], color=color, linewidth=2.5)
+        beside = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{mean:.1f}", (1, place), xycoords=("axes fraction", "data"), **beside)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.grid(axis="x", color=PALE)
+    axes.set(xlabel=xlabel)
+    return axes
+
+
 def table(rows: Sequence[Mapping[str, object]]) -> "HTML":
     """Rows with the same keys as a table for reading: text to the left, numbers to the right."""
     from IPython.display import HTML

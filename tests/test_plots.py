@@ -99,3 +99,13 @@ def test_layers_are_a_row_a_matrix_and_a_column_a_block():
     assert axes.images[0].get_array().shape == (2, 3)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["q", "down"]
     assert {text.get_text() for text in axes.texts} == {"4"}
+
+
+def test_dots_show_every_seed_the_mean_and_its_number():
+    axes = plots.plot_dots({"q": [86.0, 88.0], "all": [90.5]}, "Alike", "%", marked=["all"])
+    assert [group.get_offsets().tolist() for group in axes.collections] == [
+        [[86, 0], [88, 0]],
+        [[90.5, 1]],
+    ]
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[87, 87], [90.5, 90.5]]
+    assert [text.get_text() for text in axes.texts] == ["87.0", "90.5"]

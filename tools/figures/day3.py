@@ -127,7 +127,7 @@ def draw_criteria() -> Axes:
         for name, runs in ways.items():
             bars[f"rank {rank}: {name}"] = [run.scores["exact match"] for run in runs.outcomes]
     own = [name for name in bars if name.endswith("× uncertainty")]
-    return widened(plots.plot_bars(bars, "", "% exact match", own))
+    return widened(plots.plot_dots(bars, "", "% exact match", own))
 
 
 def draw_ranks(sweep: str) -> Axes:
