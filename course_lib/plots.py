@@ -225,6 +225,37 @@ def plot_lora(rows: int, columns: int, rank: int) -> "Axes":
     return axes
 
 
+def plot_triplets(rows: int, columns: int, rank: int) -> "Axes":
+    """AdaLoRA's three factors beside a frozen matrix (rows, columns), drawn wider than true; one
+    triplet is marked.
+    """
+    axes = canvas(12, 4.6)
+    height, width, thick = 3.0, 3.0 * columns / rows, 0.3
+    for x, text in ((0.7, "h  ="), (3.6, "x  +"), (5.2, "(alpha / r)"), (11.6, "x")):
+        centred(axes, x, 2.3, text, size=24)
+    box(axes, 2.2, 2.3, width, height, "W0\nfrozen", MASKED, size=20)
+    for i in range(rank):
+        color, at = (ACCENT if i == 1 else PALE), (i - (rank - 1) / 2) * (thick + 0.06)
+        box(axes, 6.9 + at, 2.3, thick, height, "", color)  # a column of P
+        box(axes, 8.4 + at, 2.3 - at, thick, thick, "", color)  # a singular value
+        box(axes, 10.3, 2.3 - at, 1.7, thick, "", color)  # a row of Q
+    for x, text in (
+        (6.9, f"P: {rows} x {rank}"),
+        (8.4, f"Λ: {rank} numbers"),
+        (10.3, f"Q: {rank} x {columns}"),
+    ):
+        centred(axes, x, 4.2, text, size=14)
+    centred(
+        axes,
+        8.6,
+        0.35,
+        "a triplet: its λ becomes zero, and one rank is gone",
+        color=ACCENT,
+        size=14,
+    )
+    return axes
+
+
 def canvas(width: float, height: float) -> "Axes":
     """An empty drawing whose unit is an inch."""
     import matplotlib.pyplot as plt

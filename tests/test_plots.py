@@ -5,7 +5,10 @@ import pytest
 
 matplotlib.use("agg")
 
+from matplotlib.colors import to_rgba
+
 from course_lib import plots
+from course_lib.plots import ACCENT, PALE
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +112,10 @@ def test_dots_show_every_seed_the_mean_and_its_number():
     ]
     assert [line.get_xdata().tolist() for line in axes.lines] == [[87, 87], [90.5, 90.5]]
     assert [text.get_text() for text in axes.texts] == ["87.0", "90.5"]
+
+
+def test_of_three_triplets_one_is_marked():
+    axes = plots.plot_triplets(384, 128, rank=3)
+    colors = [patch.get_facecolor() for patch in axes.patches]
+    assert [colors.count(to_rgba(color)) for color in (ACCENT, PALE)] == [3, 6]
+    assert {"P: 384 x 3", "Λ: 3 numbers", "Q: 3 x 128"} <= {text.get_text() for text in axes.texts}

@@ -31,6 +31,7 @@ def figures(notebook: Notebook) -> dict[str, Callable[[], Axes | bytes | str]]:
             shown(notebook, "explorables.race_of_ranks(", "text/html")
         ),
         "cut": draw_cut,
+        "triplets": lambda: plots.plot_triplets(384, 128, rank=3),
         "budget": lambda: picture(notebook, "def as_printed("),
         "penalty": lambda: picture(notebook, "The penalty falls"),
         "criteria": draw_criteria,
