@@ -128,10 +128,11 @@ def load(
 
     dtype: of the weights; float32 if None, as full fine-tuning needs on every device
     quantize: None, or one of QUANTIZATIONS for the weights of the linear layers; then all weights
-        are frozen, and an adapter trains
+        are frozen, and an adapter trains. bitsandbytes does it; where that does not work, the
+        course's own `qlora`, and `origin` says so
     say: gets a line before anything slow (a download, an unpacking)
-    Raises CourseError for an unknown name, where the package that quantises does not work, and
-    where memory or a package is missing: no smaller model is given for that.
+    Raises CourseError for an unknown name, and where memory or a package is missing: no smaller
+    model is given for that.
     """
     if name not in NAMES:
         raise CourseError(f"base model {name!r} is not known, expected one of {', '.join(NAMES)}")
@@ -140,7 +141,8 @@ def load(
             f"quantize={quantize!r} is not known, expected None or one of "
             f"{', '.join(QUANTIZATIONS)}"
         )
-    options = _options(machine, dtype, quantize)
+    trouble = None if quantize is None else _trouble_with_bitsandbytes(machine)
+    options = _options(machine, dtype, None if trouble else quantize)
     missing: list[str] = []
     for candidate, source in _candidates(name):
         try:
@@ -151,12 +153,19 @@ def load(
             if candidate == "tiny":
                 raise
             missing.append(f"{candidate}: {first_line(error)}")
-    if quantize is None:
+    if trouble:
+        from course_lib import qlora  # which stands above this module
+
+        qlora.quantize_layers(model)
+    if quantize is None or trouble:
         with _memory_for(candidate):
             model.to(machine.device)
-    else:
+    if quantize is not None:
+        _compute_as_asked(model)
         model.requires_grad_(False)
         origin = f"{origin}, linear layers in {quantize}, frozen"
+    if trouble:
+        origin = f"{origin}, by the course's own qlora: {trouble}"
     return Loaded(model, tokenizer, candidate, "; ".join([origin, *missing]))
 
 
@@ -192,10 +201,7 @@ def _candidates(name: str) -> Iterator[tuple[str, Callable]]:
 
 
 def _options(machine: Machine, dtype: "torch.dtype | None", quantize: str | None) -> dict[str, Any]:
-    """Arguments of transformers' `from_pretrained`.
-
-    Raises CourseError if bitsandbytes is needed and does not work here.
-    """
+    """Arguments of transformers' `from_pretrained`."""
     import torch
 
     options: dict[str, Any] = {"dtype": dtype or torch.float32}
@@ -205,26 +211,39 @@ def _options(machine: Machine, dtype: "torch.dtype | None", quantize: str | None
     return options
 
 
-def _nf4(machine: Machine) -> "BitsAndBytesConfig":
-    """4-bit NormalFloat in blocks of 64, constants quantised again: QLoRA, arXiv 2305.14314, 3."""
+def _trouble_with_bitsandbytes(machine: Machine) -> str | None:
+    """Why bitsandbytes does not work on this machine, and what to do; None if it does."""
     import torch
-    from transformers import BitsAndBytesConfig
 
     try:
         from bitsandbytes.functional import quantize_4bit
 
         quantize_4bit(torch.ones(64, device=machine.device), quant_type="nf4")
     except Exception as error:  # whatever a library built for another CUDA does
-        advice = "pip install -U bitsandbytes, then restart the runtime"
-        raise CourseError(
-            f"bitsandbytes does not work here ({first_line(error)}): {advice}"
-        ) from None
+        advice = "for its faster kernels pip install -U bitsandbytes, then restart the runtime"
+        return f"bitsandbytes does not work here ({first_line(error)}); {advice}"
+    return None
+
+
+def _nf4(machine: Machine) -> "BitsAndBytesConfig":
+    """4-bit NormalFloat in blocks of 64, constants quantised again: QLoRA, arXiv 2305.14314, 3."""
+    from transformers import BitsAndBytesConfig
+
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=machine.torch_dtype,
     )
+
+
+def _compute_as_asked(model: "PreTrainedModel") -> None:
+    """On CPUs with bf16 units bitsandbytes computes in bf16 whatever it was told, and fails where a
+    layer's input is no multiple of its block: all CPUs shall give the same numbers.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 QUANTIZATIONS = {"nf4": _nf4}

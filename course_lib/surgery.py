@@ -8,7 +8,6 @@ first releases, the layers of today's implementation are called `q_proj`, `k_pro
 Where peft knows a family, its names are used here; for the others, those of the table.
 """
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -160,16 +159,23 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
     )
 
 
+def is_quantized(layer: nn.Module) -> bool:
+    """Is this a linear layer whose weight is codes, ours or bitsandbytes'?"""
+    return isinstance(layer, nn.Linear) and (
+        not layer.weight.is_floating_point() or hasattr(layer.weight, "quant_state")
+    )
+
+
 def weight_matrix(layer: nn.Module) -> Tensor:
     """The weight of a linear layer as (d_out, d_in), not a copy: of a Conv1D a transposed view.
 
     Raises CourseError for a quantised layer, whose weight is codes: what is added to it would be
     lost when it is rounded again.
     """
-    if type(layer).__module__.partition(".")[0] == "bitsandbytes":
+    if is_quantized(layer):
         raise CourseError(
-            f"a {type(layer).__name__} is quantised, so its weight is no matrix: dequantise the "
-            "base first (Day 4)"
+            f"a {type(layer).__name__} is quantised, so its weight is no matrix: take "
+            "qlora.dequantized_copy(model) first (Day 4)"
         )
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
@@ -206,8 +212,7 @@ def restore(model: nn.Module) -> None:
     """
     model = uncompiled(model)
     vars(model).pop("save_pretrained", None)
-    codes = any(hasattr(weight, "quant_state") for weight in model.parameters())
-    model.requires_grad_(not codes)
+    model.requires_grad_(not any(map(is_quantized, model.modules())))
 
 
 def _save_pretrained(*arguments: object, **options: object) -> None:
@@ -286,16 +291,18 @@ def count_parameters(model: nn.Module) -> Count:
     >>> print(count_parameters(nn.Linear(9, 10).requires_grad_(False)))
     0 of 100 weights train (0.0000%)
     """
-    counts = [(_number_of_weights(weight), weight.requires_grad) for weight in model.parameters()]
+    packed = {
+        id(layer.weight): layer.out_features * layer.in_features
+        for layer in model.modules()
+        if is_quantized(layer)
+    }
+    counts = [
+        (packed.get(id(weight), weight.numel()), weight.requires_grad)
+        for weight in model.parameters()
+    ]
     return Count(
         sum(number for number, trains in counts if trains), sum(number for number, _ in counts)
     )
-
-
-def _number_of_weights(parameter: Tensor) -> int:
-    """Of a parameter that bitsandbytes packed, the weights that its bytes stand for."""
-    packed = getattr(parameter, "quant_state", None)
-    return parameter.numel() if packed is None else math.prod(packed.shape)
 
 
 def lora_parameters(shapes: Iterable[tuple[int, int]], rank: int) -> int:

@@ -4,6 +4,7 @@ Whatever happens, `load` ends in a whole model and says which, and why.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from course_lib import alpaca, hub, models, sealing
-from course_lib.runtime import CourseError
+from course_lib.qlora import PackedLinear
 from tests.fixtures.rows import first_fast
 
 LONGEST_WAIT = 10  # seconds that a Hub which hangs may cost, once
@@ -339,7 +340,7 @@ def test_the_command_names_the_smaller_model_and_ends_well(empty_cache, wheel, s
 
 @pytest.mark.fault("F18", "a 4-bit base is asked for, and bitsandbytes {what}")
 @pytest.mark.parametrize("what", ["is not installed", "was built for another CUDA (faked)"])
-def test_a_bitsandbytes_that_does_not_work_is_named_and_no_smaller_model_given(
+def test_where_bitsandbytes_does_not_work_our_own_layers_take_over_and_say_so(
     what, machine, monkeypatch, survived
 ):
     import bitsandbytes.functional
@@ -353,9 +354,12 @@ def test_a_bitsandbytes_that_does_not_work_is_named_and_no_smaller_model_given(
             )
         )
         monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", broken)
-    with pytest.raises(
-        CourseError,
-        match="^bitsandbytes does not work here .*: pip install -U bitsandbytes, then restart",
-    ) as stop:
-        models.load("tiny", machine, quantize="nf4")
-    survived(said=stop.value, lost=[])
+    base = models.load("tiny", machine, quantize="nf4")
+    layer = base.model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(layer, PackedLinear)
+    assert re.search(
+        r"linear layers in nf4, frozen, by the course's own qlora: bitsandbytes does not work here "
+        r"\(.*\); for its faster kernels pip install -U bitsandbytes, then restart",
+        base.origin,
+    )
+    survived(said=base.origin, lost=[])
