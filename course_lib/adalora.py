@@ -218,7 +218,8 @@ class Budget:
     """Prunes the adapter of `model` from its rank to `target_rank` on average: what `finetune`
     takes as `after_step`. Its state is kept in checkpoints.
 
-    target_rank: triplets a layer on average at the end; the paper starts with 1.5 times as many
+    target_rank: triplets a layer on average at the end, 0.5 for one in every second layer; the
+        paper starts with 1.5 times as many
     steps, initial_steps, final_steps, every: as in `Schedule`; steps are those that finetune gets
     history: the ranks of the layers after each step of this session
     """
@@ -226,7 +227,7 @@ class Budget:
     def __init__(
         self,
         model: nn.Module,
-        target_rank: int,
+        target_rank: float,
         *,
         steps: int,
         initial_steps: int,
@@ -235,7 +236,7 @@ class Budget:
     ):
         self.layers = _layers_to_prune(model, target_rank)
         ranks = [layer.rank for layer in self.layers.values()]
-        target = target_rank * len(ranks)
+        target = int(target_rank * len(ranks))
         self.schedule = Schedule(sum(ranks), target, steps, initial_steps, final_steps, every)
         self.history: list[list[int]] = []
         self._weights = {
@@ -410,14 +411,16 @@ def check_seam(model: nn.Module, after_step: object, steps: int) -> None:
         raise CourseError(f"{found}: give {advice}")
 
 
-def _layers_to_prune(model: nn.Module, target_rank: int) -> dict[str, SVDLinear]:
+def _layers_to_prune(model: nn.Module, target_rank: float) -> dict[str, SVDLinear]:
     """The layers. Raises CourseError if there are none, or the target is not one for them."""
     layers = adalora_layers(model)
     if not layers:
         raise CourseError("the model has no layers of AdaLoRA: add_adalora adds them")
     rank = min(layer.rank for layer in layers.values())
-    if type(target_rank) is not int or not 1 <= target_rank <= rank:
-        found = f"target_rank={target_rank!r} must be a whole number in 1..{rank}"
+    if type(target_rank) not in (int, float) or not 1 <= target_rank * len(layers) <= rank * len(
+        layers
+    ):
+        found = f"target_rank={target_rank!r} must be a number in {1 / len(layers):.2g}..{rank}"
         advice = "lower it, or give add_adalora a higher rank, such as 1.5 times the target"
-        raise CourseError(f"{found}, the rank at the start: {advice}")
+        raise CourseError(f"{found}, one triplet in all and the rank at the start: {advice}")
     return layers

@@ -285,7 +285,7 @@ def adapted(
 
 def budgeted(
     rank: int,
-    target_rank: int,
+    target_rank: float,
     steps: int,
     alpha: float | None = None,
     budget: type[Budget] = Budget,
