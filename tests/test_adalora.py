@@ -531,7 +531,10 @@ def test_a_budget_that_is_used_again_begins_anew(machine):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_rank": 7}, "target_rank=7 must be a whole number in 1..6, the rank at the start"),
+        (
+            {"target_rank": 7},
+            "target_rank=7 must be a number in 0.*..6, one triplet in all and the rank at",
+        ),
         ({"target_rank": 0}, "target_rank=0 .*: lower it, or give add_adalora a higher rank"),
         ({"steps": None}, "steps=None must be a whole number .*; give the steps that finetune"),
         ({"steps": 0}, "steps=0 must be a whole number"),
@@ -552,6 +555,13 @@ def test_a_target_that_is_the_start_prunes_nothing(machine):
         machine, make=functools.partial(budget_of, target_rank=RANK)
     )
     assert nonzero(base.model) == RANK * len(budget.layers)
+
+
+def test_a_target_below_one_leaves_fewer_triplets_than_layers(machine):
+    base, budget, _ = trained_with_budget(
+        machine, make=functools.partial(budget_of, target_rank=0.25)
+    )
+    assert nonzero(base.model) == len(budget.layers) // 4
 
 
 def test_without_its_budget_training_is_refused_before_the_first_step(machine):

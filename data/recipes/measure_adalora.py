@@ -203,8 +203,8 @@ def cut(machine: Machine) -> Sweep:
 
 
 def pairs(machine: Machine) -> Sweep:
-    """LoRA on tiny from rank 8 to 4, 1 and 0.25 on average: on the schedule of AdaLoRA, the smallest
-    pairs of a column of B and a row of A are set to zero during the training.
+    """LoRA on tiny from rank 8 to 4, 1 and 0.25 on average: on the schedule of AdaLoRA, the
+    smallest pairs of a column of B and a row of A are set to zero during the training.
     """
     task = world_experiment()
 

@@ -1,0 +1,189 @@
+"""Measure what Day 4 says about QLoRA, three seeds each: about half an hour on two CPU cores.
+
+    python data/recipes/measure_qlora.py            # all
+    python data/recipes/measure_qlora.py formats    # one
+
+Writes data/measured/qlora_NAME.json.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from recording import record
+from torch import Tensor, nn
+
+from course_lib import evaluation, models
+from course_lib.experiments import (
+    Experiment,
+    Measure,
+    Method,
+    Sweep,
+    adapted,
+    compare,
+    week_experiment,
+    world_experiment,
+)
+from course_lib.lora import add_lora, lora_layers, merged_copy
+from course_lib.models import Loaded
+from course_lib.qlora import (
+    dequantized_copy,
+    even_levels,
+    fp4_levels,
+    nf4_levels,
+    quantize_layers,
+)
+from course_lib.runtime import Machine
+from course_lib.surgery import ALL_LINEAR
+
+RANK, RATE = 8, 5e-3  # LoRA's on tiny, where one rate is enough
+WEEK_RATE = 2e-3  # by `week_rates`
+FORMATS: dict[str, Callable[[], Tensor] | None] = {
+    "float32": None,
+    "NF4": nf4_levels,
+    "FP4": fp4_levels,
+    "INT4": even_levels,
+    "INT3": lambda: even_levels(3),
+    "INT2": lambda: even_levels(2),
+}
+
+
+def on(levels: Callable[[], Tensor] | None) -> Callable[[Loaded], None]:
+    """LoRA on a base that was quantised with these levels, if any."""
+
+    def prepare(base: Loaded) -> None:
+        if levels is not None:
+            quantize_layers(base.model, levels=levels())
+        adapted(RANK)(base)
+
+    return prepare
+
+
+def formats(machine: Machine) -> Sweep:
+    """LoRA of rank 8 on tiny in each format, in blocks of 64, trained at three rates."""
+    methods = [
+        Method("LoRA", rate, {"rank": RANK, "base": f"base in {name}"}, on(levels))
+        for name, levels in FORMATS.items()
+        for rate in (2e-3, RATE, 1e-2)
+    ]
+    return compare(methods, world_experiment(), machine)
+
+
+def rounded(machine: Machine) -> Sweep:
+    """LoRA of rank 8 trained on tiny in float32, merged; and then the whole rounded to each format,
+    in blocks of 64.
+    """
+    task, settings = world_experiment(), {name: {"format": name} for name in FORMATS}
+
+    def variants(base: Loaded) -> dict[str, nn.Module]:
+        found = {}
+        for name, levels in FORMATS.items():
+            found[name] = merged_copy(base.model)
+            if levels is not None:
+                quantize_layers(found[name], levels=levels())
+        return found
+
+    method = Method("LoRA, merged, rounded", RATE, {}, adapted(RANK))
+    return scored_variants(method, task, machine, variants, settings)
+
+
+def merges(machine: Machine) -> Sweep:
+    """QLoRA on tiny as it was trained, and after each of three merges."""
+    return merged_three_ways("tiny", world_experiment(), RATE, machine)
+
+
+def week_merges(machine: Machine) -> Sweep:
+    """QLoRA on the task of the week as it was trained, and after each of three merges."""
+    test = evaluation.read_task("test")
+    rates = ("valid JSON", "right topic", "right answer")
+    measures = {"response loss": Measure("nats")} | dict.fromkeys(
+        rates, Measure("percent", len(test))
+    )
+
+    def score(base: Loaded) -> dict[str, float]:
+        answers = evaluation.evaluate(base, test)
+        scores = {name: 100 * answers.rate(name.lower().replace(" ", "_")) for name in rates}
+        return {"response loss": evaluation.score_answers(base, test).loss} | scores
+
+    task = replace(week_experiment(), score=score, measures=measures)
+    return merged_three_ways("smollm2-135m", task, WEEK_RATE, machine)
+
+
+def merged_three_ways(name: str, task: Experiment, rate: float, machine: Machine) -> Sweep:
+    ways = ("none", "into the dequantised weights", "into the original weights", "quantised again")
+
+    def variants(base: Loaded) -> dict[str, nn.Module]:
+        dequantized = merged_copy(dequantized_copy(base.model))
+        original = models.load(name, machine).model
+        add_lora(original, RANK, 2 * RANK, ALL_LINEAR)
+        trained = lora_layers(base.model)
+        for path, layer in lora_layers(original).items():
+            layer.adapters.load_state_dict(trained[path].adapters.state_dict())
+        again = merged_copy(dequantized_copy(base.model))
+        quantize_layers(again)
+        return dict(zip(ways, (base.model, dequantized, merged_copy(original), again), strict=True))
+
+    method = Method("QLoRA", rate, {"rank": RANK}, on(nf4_levels))
+    settings = {way: {"rank": RANK, "merged": way} for way in ways}
+    return scored_variants(method, task, machine, variants, settings)
+
+
+def scored_variants(
+    method: Method,
+    task: Experiment,
+    machine: Machine,
+    variants: Callable[[Loaded], dict[str, nn.Module]],
+    settings: dict[str, dict],
+) -> Sweep:
+    """One training a seed, and an outcome for each variant of what was trained."""
+
+    def score(base: Loaded) -> dict[str, float]:
+        return {
+            f"{name}: {measure}": value
+            for name, model in variants(base).items()
+            for measure, value in task.score(replace(base, model=model)).items()
+        }
+
+    sweep = compare([method], replace(task, score=score, measures={}), machine)
+    outcomes = [
+        replace(
+            run,
+            settings=chosen | {"learning rate": method.learning_rate},
+            scores={measure: run.scores[f"{name}: {measure}"] for measure in task.measures},
+        )
+        for name, chosen in settings.items()
+        for run in sweep.outcomes
+    ]
+    return Sweep(outcomes, task.measures)
+
+
+def week_method(rate: float) -> Method:
+    settings = {"rank": RANK, "base": "base in nf4"}
+    return Method("QLoRA", rate, settings, adapted(RANK), quantize="nf4")
+
+
+def week_rates(machine: Machine) -> Sweep:
+    """The loss on the validation questions of the task of the week, one seed: QLoRA of rank 8 at
+    several learning rates.
+    """
+    validation = evaluation.read_task("validation")
+
+    def score(base: Loaded) -> dict[str, float]:
+        return {"validation loss": evaluation.score_answers(base, validation).loss}
+
+    task = week_experiment()
+    task = replace(task, score=score, measures={"validation loss": Measure("nats")})
+    return compare([week_method(rate) for rate in (1e-3, 2e-3, 5e-3)], task, machine, seeds=(0,))
+
+
+def week(machine: Machine) -> Sweep:
+    """QLoRA of rank 8 on the task of the week, through bitsandbytes; and the untouched model in
+    four bits. LoRA on the float32 base stands in week.json.
+    """
+    untouched = Method("untouched", None, {"base": "base in nf4"}, quantize="nf4")
+    return compare([untouched, week_method(WEEK_RATE)], week_experiment(), machine)
+
+
+RECIPES = (formats, rounded, merges, week_rates, week, week_merges)
+
+if __name__ == "__main__":
+    record(RECIPES, "qlora_")
