@@ -20,6 +20,7 @@ Arrows point one way, from top to leaf. Importing `course_lib` imports nothing h
 | middle | `surgery`     | find and replace linear layers by name, default targets, count weights |
 | middle | `lora`        | LoRA: add, switch, blend, merge; several adapters in one batch         |
 | middle | `adalora`     | AdaLoRA: P Λ Q, importance of triplets, the budget that prunes         |
+| middle | `qlora`       | QLoRA: NF4, packed bytes, constants quantised again, packed layers     |
 | middle | `peft_format` | adapters as files that peft reads, and the reverse                     |
 | upper  | `checkpoints` | a training run kept on disk: whole or absent, of this run or refused   |
 | upper  | `training`    | `finetune()`: the training loop, with two seams                        |

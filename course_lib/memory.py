@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from course_lib.runtime import CourseError, quiet_transformers
 
@@ -77,6 +78,24 @@ def training_bytes(parameters: int, bill: str) -> int:
     if bill not in BILLS:
         raise CourseError(f"bill {bill!r} is not known, expected one of {', '.join(BILLS)}")
     return parameters * BILLS[bill].bytes_per_parameter
+
+
+def stored_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of a model's weights and, of quantised ones, their constants: of its linear layers, of
+    its embeddings (with a head that shares them), and of the rest, such as an adapter.
+    """
+    kinds = {
+        name: "embeddings" if isinstance(module, nn.Embedding) else "linear layers"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.Linear | Conv1D)
+    }
+    found, seen = dict.fromkeys(("linear layers", "embeddings", "rest"), 0), set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            owners = [kinds[path] for path in kinds if name.startswith(f"{path}.")]
+            found[owners[0] if owners else "rest"] += tensor.numel() * tensor.element_size()
+    return found
 
 
 def checkpoint_blocks(model: nn.Module, count: int) -> None:

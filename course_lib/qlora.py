@@ -127,6 +127,7 @@ def quantize_blockwise(
     """
     _check(values, block_size)
     flat = values.reshape(-1).float()
+    block_size = _at_most(block_size, flat)
     blocks = pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(1) if len(flat) else flat.new_empty(0)
     scaled = blocks * (1 / absmax.clamp(min=SMALLEST))[:, None]
@@ -153,6 +154,7 @@ def round_to_range(values: Tensor, bits: int = 4, block_size: int = BLOCK) -> Te
     """
     _check(values, block_size)
     flat = values.reshape(-1).float()
+    block_size = _at_most(block_size, flat)
     last = flat[-1:].expand(-len(flat) % block_size)
     blocks = torch.cat([flat, last]).view(-1, block_size)
     least, largest = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
@@ -297,6 +299,9 @@ def quantize_layers(
     and where a weight is not finite.
     """
     layers = surgery.find_layers(model, targets)
+    if levels is not None and len(levels) > 16:
+        expected = "at most 16 have a code of four bits: give fewer"
+        raise CourseError(f"found {len(levels)} levels, {expected}")
     for path, layer in layers.items():
         if isinstance(layer, LinearWrapper):
             advice = "quantise first, then add the adapter"
@@ -347,8 +352,14 @@ def _check(values: Tensor, block_size: int) -> None:
         raise CourseError(f"found {values.dtype} values, expected floating-point ones to quantise")
 
 
+def _at_most(block_size: int, values: Tensor) -> int:
+    """A block of all values, where there are fewer than a block."""
+    return min(block_size, max(1, len(values)))
+
+
 def _scale(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
     """(n,) values times the absmax of their blocks; the last block may be shorter."""
+    block_size = _at_most(block_size, values)
     if len(values) % block_size:
         return values * absmax.repeat_interleave(block_size)[: len(values)]
     return (values.view(-1, block_size) * absmax[:, None]).view(-1)

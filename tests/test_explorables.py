@@ -7,8 +7,9 @@ import math
 import re
 
 import pytest
+import torch
 
-from course_lib import explorables
+from course_lib import explorables, qlora
 
 TOKENS = ["Hi", " </script>", ":", "yes", "<EOS>"]
 SURPRISE, LABELS = [3.0, 2.5, 2.0, 1.0], [-100, -100, -100, 5, 2]
@@ -66,4 +67,38 @@ def test_the_race_has_the_ranks_of_every_step_and_their_sums():
 def test_the_race_of_a_real_run_stays_small():
     names = [f"layers.{block}.{name}_proj" for block in range(4) for name in "abcdefg"]
     figure = explorables.race_of_ranks(names, [[8] * 28] * 151)
+    assert len(figure._repr_html_()) < 60_000
+
+
+def block(**formats):
+    generator = torch.Generator().manual_seed(0)
+    return explorables.block_of_weights(torch.randn(64, generator=generator), 20, formats)
+
+
+def test_the_error_of_the_others_is_that_of_the_package():
+    figure = block(NF4=qlora.nf4_levels(), INT4=qlora.even_levels())
+    weights = torch.tensor(figure.data["weights"])
+    others = torch.arange(64) != 20
+    for levels, state in zip(
+        (qlora.nf4_levels(), qlora.nf4_levels(), qlora.even_levels()),
+        figure.data["python"],
+        strict=True,
+    ):
+        size = 2 ** state["inputs"]["block size"]
+        weights[20] = state["inputs"]["outlier"]
+        codes, absmax = qlora.quantize_blockwise(weights, levels, size)
+        wrong = qlora.dequantize_blockwise(codes, absmax, levels, size) - weights
+        error = wrong[others].norm() / weights[others].norm()
+        assert state["value"] == pytest.approx(error.item(), rel=1e-5)
+
+
+def test_an_outlier_spoils_its_block():
+    small, large, small_blocks = (
+        state["value"] for state in block(NF4=qlora.nf4_levels()).data["python"]
+    )
+    assert small < small_blocks < large
+
+
+def test_the_block_stays_small():
+    figure = block(NF4=qlora.nf4_levels(), FP4=qlora.fp4_levels(), INT4=qlora.even_levels())
     assert len(figure._repr_html_()) < 60_000

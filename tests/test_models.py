@@ -15,7 +15,7 @@ from course_lib import hub, models, sealing
 from course_lib.lora import add_lora
 from course_lib.runtime import CourseError
 from course_lib.surgery import ALL_LINEAR, count_parameters
-from tests.fixtures.models import logits
+from tests.fixtures.models import IDS, logits
 from tests.fixtures.runs import same_weights, train
 
 QUIET = lambda line: None  # noqa: E731
@@ -244,7 +244,16 @@ def test_a_4_bit_base_is_the_one_that_transformers_loads(machine):
         device_map={"": "cpu"},
     )
     ours = models.load("tiny", machine, quantize="nf4").model
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=0, rtol=0)
+    with torch.no_grad():  # in train mode theirs computes in float32 on every CPU
+        expected = theirs.train()(IDS).logits
+    torch.testing.assert_close(logits(ours), expected, atol=0, rtol=0)
+
+
+def test_a_4_bit_base_computes_in_float32_whether_it_trains_or_not(machine):
+    model = models.load("tiny", machine, quantize="nf4").model
+    with torch.no_grad():
+        training, evaluating = model.train()(IDS).logits, model.eval()(IDS).logits
+    torch.testing.assert_close(evaluating, training, atol=0, rtol=0)
 
 
 def test_a_4_bit_base_without_an_adapter_is_not_trained(machine):

@@ -140,3 +140,75 @@ def race_of_ranks(layers: Sequence[str], history: Sequence[Sequence[int]]) -> Ex
         picture,
         f"The rank of each of {len(layers)} matrices, and the sum of all, over {last} steps",
     )
+
+
+def block_of_weights(
+    weights: Sequence[float], outlier: int, formats: Mapping[str, Sequence[float]]
+) -> Explorable:
+    """Sliders for one outlier among the weights of a block, for the format and for the size of the
+    blocks: which levels are left to the others, and how wrong these become.
+
+    weights: 64, with standard deviation 1; outlier: the place of the one that is set; formats:
+        name -> levels within -1..1
+
+    >>> figure = block_of_weights([1.0, -1.0] * 32, 3, {"INT2": [-1.0, 0.0, 1.0]})
+    >>> [round(state["value"], 3) for state in figure.data["python"]]  # 2, 20, and small blocks
+    [1.0, 1.0, 0.333]
+    """
+    from matplotlib.figure import Figure
+
+    weights = [*map(float, weights)]
+    levels = {name: [*map(float, values)] for name, values in formats.items()}
+    first, last = levels[next(iter(levels))], levels[[*levels][-1]]
+
+    def error(size: int, levels: Sequence[float], block: int) -> float:
+        values = [float(size) if i == outlier else w for i, w in enumerate(weights)]
+        pairs = [pair for i, pair in enumerate(rounded(values, levels, block)) if i != outlier]
+        wrong = math.fsum((a - b) ** 2 for a, b in pairs)
+        return math.sqrt(wrong / math.fsum(a * a for a, _ in pairs))
+
+    data = {
+        "weights": weights,
+        "outlier": outlier,
+        "formats": levels,
+        "python": [
+            state(error(size, values, 2**power), inputs)
+            for size, number, values, power in (
+                (2, 0, first, 6),
+                (20, 0, first, 6),
+                (20, len(levels) - 1, last, 3),
+            )
+            for inputs in [{"outlier": size, "format": number, "block size": power}]
+        ],
+    }
+    picture = Figure(figsize=(9, 3.2), layout="constrained")
+    panels = picture.subplots(1, 2, sharey=True)
+    for axes, size in zip(panels, (2, 20), strict=True):
+        values = [float(size) if i == outlier else w for i, w in enumerate(weights)]
+        axes.bar(range(len(values)), values, color=plots.PALE)
+        became = [new for _, new in rounded(values, first, len(values))]
+        axes.scatter(range(len(values)), became, color=plots.GOOD, s=9)
+        share = f"{100 * error(size, first, len(values)):.0f} %"
+        axes.set_title(f"outlier of {size}: the others are wrong by {share}")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel="weight", xlabel="place in the block")
+    return Explorable(
+        "block_of_weights",
+        data,
+        picture,
+        f"{len(weights)} weights in {next(iter(levels))}, with an outlier of 2 and of 20",
+    )
+
+
+def rounded(
+    values: Sequence[float], levels: Sequence[float], block: int
+) -> list[tuple[float, float]]:
+    """Each value beside its block's absmax times the level that is nearest to it."""
+    pairs = []
+    for start in range(0, len(values), block):
+        part = values[start : start + block]
+        absmax = max(map(abs, part))
+        for value in part:
+            scaled = value / absmax if absmax else 0.0
+            pairs.append((value, absmax * min(levels, key=lambda level: abs(scaled - level))))
+    return pairs
