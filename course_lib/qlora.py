@@ -315,6 +315,15 @@ def quantize_layers(
     model.requires_grad_(False)
 
 
+def dequantized_weight(layer: nn.Module) -> Tensor:
+    """(d_out, d_in) float32 of a linear layer in 4 bits, ours or bitsandbytes'."""
+    if isinstance(layer, PackedLinear):
+        return layer.dequantized()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+
+
 def dequantized_copy(model: nn.Module) -> nn.Module:
     """A copy whose quantised layers, ours and bitsandbytes', are float32 layers that compute the
     same, under the same adapters: what `lora.merged_copy` can merge into without changing an

@@ -170,6 +170,28 @@ EQUIVALENT = {
         "rows + columns + 1 -> 1 + (rows + columns)",
         "rows + columns -> columns + rows",
     },
+    "E4.1": {
+        "1e-38 -> 2e-38",
+        "scaled.flatten()[:, None] - levels -> levels - scaled.flatten()[:, None]",  # then abs
+    },
+    "E4.2": {
+        # of 1 - p the quantile is the same with another sign, and all are divided by the last
+        "0.5 + (outermost - 0.5) * i / count -> 0.5 - (outermost - 0.5) * i / count",
+        "outermost - 0.5 -> 0.5 - outermost",
+        "0.5 + (outermost - 0.5) * i / count -> (outermost - 0.5) * i / count + 0.5",
+        "count + 1 -> 1 + count",
+    },
+    "E4.4": {
+        "torch.stack([packed >> 4, packed & 15], 1).flatten() -> "
+        "torch.stack([packed >> 4, packed & 15], 1)",  # a view follows
+        "x @ weight.T + scale * (x @ A.T) @ B.T -> scale * (x @ A.T) @ B.T + x @ weight.T",
+        "packed & 15 -> 15 & packed",
+    },
+    "E4.6": {
+        "4 + 8 / block_size + 32 / (block_size * second_block) -> "
+        "32 / (block_size * second_block) + (4 + 8 / block_size)",
+        "4 + 8 / block_size -> 8 / block_size + 4",
+    },
 }
 SWAPS = {
     ast.Add: [ast.Sub],

@@ -352,6 +352,13 @@ def test_merged_into_other_weights_or_quantised_again_answers_change(trained):
     assert (logits(merged) - before).abs().max() > 1e-3
 
 
+def test_a_weight_is_dequantised_whoever_packed_it(trained):
+    plain = dequantized_copy(trained)
+    for path, layer in lora.lora_layers(trained).items():
+        expected = plain.get_submodule(path).base.weight
+        assert torch.equal(qlora.dequantized_weight(layer.base), expected)
+
+
 def test_the_adapter_can_be_taken_off_again(trained):
     lora.use_adapters(trained, {})
     plain = logits(trained)
