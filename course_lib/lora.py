@@ -16,7 +16,6 @@ of them, none (the base model), a blend, or in one batch each on the rows of its
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -202,9 +201,7 @@ def add_lora(
 
 def check_addition(model: nn.Module, seed: int, name: str = "default") -> None:
     """Raise CourseError if the model can have no adapter of this name and seed."""
-    if not isinstance(model, nn.Module):
-        advice = "expected a model, such as base.model"
-        raise CourseError(f"found a {type(model).__name__}, {advice}")
+    surgery.check_model(model)
     if hasattr(model, "peft_config"):
         advice = "load the base again, then add_lora, or load_adapter for a saved one"
         raise CourseError(f"the model has an adapter of peft: {advice}")
@@ -223,7 +220,7 @@ def check_layers(
     model: nn.Module, layers: Mapping[str, nn.Module], rank: int, alpha: float
 ) -> None:
     """Raise CourseError if one of these layers of the model can have no update of this size."""
-    shared = _shared_weights(model)
+    shared = surgery.shared_weights(model)
     for path, layer in layers.items():
         if isinstance(layer, LinearWrapper) and not isinstance(layer, LoRALinear):
             advice = "load the base again, or take it out of targets"
@@ -233,21 +230,6 @@ def check_layers(
             advice = "which a merge would change: take it out of targets"
             raise CourseError(f"{path} {found}, {advice}")
         check_size(rank, alpha, layer, path)
-
-
-def _shared_weights(model: nn.Module) -> set[int]:
-    """The ids of the weights that stand in several places of the model."""
-    places = {}  # the children of each module; of a block that is used twice once
-    model = surgery.uncompiled(model)
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LinearWrapper):
-            continue  # its weight is that of its base
-        parent, _, child = path.rpartition(".")
-        places[id(model.get_submodule(parent)), child] = module
-    weights = [
-        module.weight for module in places.values() if getattr(module, "weight", None) is not None
-    ]
-    return {weight for weight, number in Counter(map(id, weights)).items() if number > 1}
 
 
 def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
@@ -396,6 +378,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
     Raises CourseError for a model without such layers, for quantised ones, and where a sum is not
     finite: an update can be too large for float16.
     """
+    surgery.check_model(model)
     layers = {
         path: layer
         for path, layer in surgery.wrapped_layers(model).items()

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from course_lib.runtime import CourseError, quiet_transformers
+from course_lib.surgery import check_model
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,20 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of a model's weights and, of quantised ones, their constants: of its linear layers, of
     its embeddings (with a head that shares them), and of the rest, such as an adapter.
     """
+    check_model(model)
     kinds = {
-        name: "embeddings" if isinstance(module, nn.Embedding) else "linear layers"
+        f"{name}." if name else "": "embeddings"
+        if isinstance(module, nn.Embedding)
+        else "linear layers"
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding | nn.Linear | Conv1D)
     }
     found, seen = dict.fromkeys(("linear layers", "embeddings", "rest"), 0), set()
     for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            owners = [kinds[path] for path in kinds if name.startswith(f"{path}.")]
+        place = tensor.data_ptr() or name  # without memory, on the meta device, none is shared
+        if place not in seen:
+            seen.add(place)
+            owners = [kinds[path] for path in kinds if name.startswith(path)]
             found[owners[0] if owners else "rest"] += tensor.numel() * tensor.element_size()
     return found
 

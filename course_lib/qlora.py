@@ -11,7 +11,9 @@ mean is subtracted, and the rest becomes 8 bits, in blocks of 256.
 
 The second term is LoRA's own: `quantize_layers`, then `lora.add_lora`. Where the paper and what
 bitsandbytes does differ, this is bitsandbytes: the levels come from its quantiles and not from the
-paper's equation (4), the 8 bits are its dynamic type and not FP8. Bytes and numbers equal its own.
+paper's equation (4), the 8 bits are its dynamic type and not FP8. Bytes and numbers equal its own;
+only of the absmax that were quantised again a few of a thousand lie a step beside, since its kernel
+for CPUs looks codes up in a coarse table.
 """
 
 import copy
@@ -71,12 +73,19 @@ def even_levels(bits: int = 4) -> Tensor:
 def lloyd_max_levels(values: Tensor, count: int = 16, rounds: int = 200) -> Tensor:
     """(count,) levels with the least mean square error for `values`, which lie in -1..1: each level
     becomes the mean of the values that are nearest to it, again and again (Lloyd 1982).
+
+    values: any shape; of more than 10 million every so-many-th is taken
     """
+    values = values.flatten().float()
+    values = values[:: len(values) // 10_000_000 + 1]
+    if not len(values):
+        raise CourseError("found no values, expected some to fit levels to")
     levels = values.quantile((torch.arange(count) + 0.5) / count)
     for _ in range(rounds):
         nearest = nearest_codes(values, levels).int()
         sums = torch.zeros(count).index_add_(0, nearest, values)
-        levels = sums / nearest.bincount(minlength=count).clamp(min=1)
+        found = nearest.bincount(minlength=count)
+        levels = torch.where(found > 0, sums / found, levels)
     return levels
 
 
@@ -210,7 +219,8 @@ def bits_per_weight(block_size: int = BLOCK, double: bool = True) -> float:
 class PackedLinear(nn.Linear):
     """A linear layer whose frozen weight is kept in codes, two to a byte.
 
-    weight: ((d_out d_in + 1) // 2,) uint8
+    weight: ((d_out d_in + 1) // 2,) bytes, kept as int8: T5 casts the input of a layer to the type
+        of its weight, unless that is int8
     absmax: (blocks,) float32; or, with `double`, codes, beside `scales` and `mean`
 
     >>> layer = nn.Linear(64, 2)
@@ -228,10 +238,10 @@ class PackedLinear(nn.Linear):
         double: bool = True,
     ):
         super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        levels = (nf4_levels() if levels is None else levels).to(weight.device)
+        levels = check_levels(nf4_levels() if levels is None else levels).to(weight.device)
         codes, absmax = quantize_blockwise(weight.detach(), levels, block_size)
         zero = nearest_codes(torch.zeros(1, device=weight.device), levels).item()
-        self.weight = nn.Parameter(pack(codes, zero), requires_grad=False)
+        self.weight = nn.Parameter(pack(codes, zero).view(torch.int8), requires_grad=False)
         if bias is not None:
             self.bias = nn.Parameter(bias.detach(), requires_grad=False)
         self.block_size, self.double = block_size, double
@@ -251,13 +261,20 @@ class PackedLinear(nn.Linear):
         return dequantize_constants(self.absmax, self.scales, self.mean, self.dynamic)
 
     def dequantized(self) -> Tensor:
-        """(d_out, d_in) float32"""
+        """(d_out, d_in) float32. Raises CourseError if the constants were cast to another type."""
+        if self.levels.dtype != torch.float32:
+            found = (
+                f"the model was cast to {self.levels.dtype} with the constants of its packed layers"
+            )
+            raise CourseError(f"{found}: load it in that type first, then quantize_layers")
         count = self.out_features * self.in_features
         # both levels of a byte are looked up at once, as one number of eight bytes
         size = len(self.levels)
         codes = torch.arange(256, device=self.levels.device)
         pairs = self.levels[torch.stack([codes >> 4, codes & 15], 1) % size].view(torch.int64)
-        values = pairs.view(-1).index_select(0, self.weight.int()).view(torch.float32)
+        values = (
+            pairs.view(-1).index_select(0, self.weight.view(torch.uint8).int()).view(torch.float32)
+        )
         values = _scale(values[:count], self.constants(), self.block_size)
         return values.view(self.out_features, self.in_features)
 
@@ -295,14 +312,18 @@ def quantize_layers(
     packed ones, and freeze the whole model: an adapter trains.
 
     levels: at most 16; NF4's if None
-    Raises CourseError before anything is changed: for a layer that is quantised or wrapped already,
-    and where a weight is not finite.
+    Raises CourseError before anything is changed: for a layer that is quantised or wrapped already
+    or stands in two places, and where a weight is not finite.
     """
-    layers = surgery.find_layers(model, targets)
-    if levels is not None and len(levels) > 16:
-        expected = "at most 16 have a code of four bits: give fewer"
-        raise CourseError(f"found {len(levels)} levels, {expected}")
+    surgery.check_model(model)
+    levels = check_levels(nf4_levels() if levels is None else levels)
+    layers, shared = surgery.find_layers(model, targets), surgery.shared_weights(model)
     for path, layer in layers.items():
+        if surgery.is_quantized(layer):
+            raise CourseError(f"{path} is quantised already: leave it out of targets")
+        if id(layer.weight) in shared:
+            advice = "which would stay as it is: take it out of targets"
+            raise CourseError(f"{path} shares its weight with another layer, {advice}")
         if isinstance(layer, LinearWrapper):
             advice = "quantise first, then add the adapter"
             raise CourseError(f"{path} is a {type(layer).__name__} already: {advice}")
@@ -331,6 +352,7 @@ def dequantized_copy(model: nn.Module) -> nn.Module:
 
     Raises CourseError for a model without quantised layers.
     """
+    surgery.check_model(model)
     layers = {
         path: module
         for path, module in surgery.uncompiled(model).named_modules()
@@ -344,7 +366,9 @@ def dequantized_copy(model: nn.Module) -> nn.Module:
     for path, layer in layers.items():
         if isinstance(layer, PackedLinear):
             surgery.replace_layer(plain, path, _unpacked(layer))
-    return plain
+    if not surgery.wrapped_layers(plain):
+        surgery.restore(plain)
+    return plain.float()
 
 
 def _unpacked(layer: PackedLinear) -> nn.Linear:
@@ -352,6 +376,16 @@ def _unpacked(layer: PackedLinear) -> nn.Linear:
     plain.weight = nn.Parameter(layer.dequantized(), requires_grad=False)
     plain.bias = layer.bias
     return plain
+
+
+def check_levels(levels: Tensor) -> Tensor:
+    """Levels as float32. Raises CourseError for what are none for codes of four bits."""
+    expected = "expected a tensor of 1 to 16 finite numbers: nf4_levels() makes one"
+    if not isinstance(levels, Tensor) or levels.dim() != 1:
+        raise CourseError(f"levels are a {type(levels).__name__}, {expected}")
+    if not 1 <= len(levels) <= 16 or not levels.isfinite().all():
+        raise CourseError(f"found {len(levels)} levels, {expected}")
+    return levels.float()
 
 
 def _check(values: Tensor, block_size: int) -> None:

@@ -9,6 +9,7 @@ Where peft knows a family, its names are used here; for the others, those of the
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,12 @@ class Count:
 
     def __str__(self) -> str:
         return f"{self.trained:,} of {self.total:,} weights train ({self.trained / self.total:.4%})"
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise CourseError for what is no model, such as a base that holds one."""
+    if not isinstance(model, nn.Module):
+        raise CourseError(f"found a {type(model).__name__}, expected a model, such as base.model")
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -166,6 +173,26 @@ def is_quantized(layer: nn.Module) -> bool:
     )
 
 
+def is_packed(layer: nn.Module) -> bool:
+    """Is this a layer of our own `qlora`?"""
+    return is_quantized(layer) and hasattr(layer, "dequantized")
+
+
+def shared_weights(model: nn.Module) -> set[int]:
+    """The ids of the weights that stand in several places of the model."""
+    places = {}  # the children of each module; of a block that is used twice once
+    model = uncompiled(model)
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LinearWrapper):
+            continue  # its weight is that of its base
+        parent, _, child = path.rpartition(".")
+        places[id(model.get_submodule(parent)), child] = module
+    weights = [
+        module.weight for module in places.values() if getattr(module, "weight", None) is not None
+    ]
+    return {weight for weight, number in Counter(map(id, weights)).items() if number > 1}
+
+
 def weight_matrix(layer: nn.Module) -> Tensor:
     """The weight of a linear layer as (d_out, d_in), not a copy: of a Conv1D a transposed view.
 
@@ -202,7 +229,7 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
         ) from None
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
-    if isinstance(new, LinearWrapper):
+    if isinstance(new, LinearWrapper) or is_packed(new):
         model.save_pretrained = _save_pretrained
 
 
@@ -211,7 +238,8 @@ def restore(model: nn.Module) -> None:
     weights of a quantised base stay frozen.
     """
     model = uncompiled(model)
-    vars(model).pop("save_pretrained", None)
+    if not any(map(is_packed, model.modules())):
+        vars(model).pop("save_pretrained", None)
     model.requires_grad_(not any(map(is_quantized, model.modules())))
 
 
@@ -220,9 +248,10 @@ def _save_pretrained(*arguments: object, **options: object) -> None:
     reads again.
     """
     raise CourseError(
-        "a model with wrapped layers, such as LoRA's, cannot be saved by save_pretrained: "
-        "save_adapter(model, folder) keeps the adapter, "
-        "merged_copy(model).save_pretrained(folder) the whole model"
+        "a model with wrapped or packed layers, such as LoRA's, cannot be saved by "
+        "save_pretrained: save_adapter(model, folder) keeps the adapter, "
+        "merged_copy(model).save_pretrained(folder) the whole model, if it is packed of a "
+        "dequantized_copy(model)"
     )
 
 

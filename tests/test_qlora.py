@@ -451,7 +451,11 @@ def test_quantising_twice_or_under_an_adapter_is_refused():
     refused(lambda: quantize_layers(model, ["q_proj"]), model, message)
     lora.remove_lora(model)
     quantize_layers(model, ["q_proj"])
-    refused(lambda: quantize_layers(model), model, "a PackedLinear is quantised, so its weight is")
+    refused(
+        lambda: quantize_layers(model),
+        model,
+        "q_proj is quantised already: leave it out of targets",
+    )
 
 
 def test_a_model_with_a_weight_that_is_not_finite_is_refused_and_stays():
@@ -475,10 +479,97 @@ def test_a_model_without_codes_has_nothing_to_dequantise(tiny):
 
 def test_more_levels_than_four_bits_hold_are_refused():
     model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(CourseError, match="31 levels, at most 16 have a code of four bits"):
+    with pytest.raises(
+        CourseError, match=r"found 31 levels, expected a tensor of 1 to 16 finite numbers"
+    ):
         quantize_layers(model, levels=even_levels(5))
     assert isinstance(model[0], nn.Linear)
     assert not isinstance(model[0], PackedLinear)
+
+
+@pytest.mark.parametrize(
+    "levels", [[-1.0, 0.0, 1.0], "nf4", torch.empty(0), torch.tensor([math.nan]), torch.ones(2, 2)]
+)
+def test_levels_that_are_none_are_refused(levels):
+    model = fresh_tiny().model
+    refused(lambda: quantize_layers(model, levels=levels), model, "expected a tensor of 1 to 16")
+
+
+def test_levels_in_another_type_are_taken_as_float32():
+    one, other = fresh_tiny().model, fresh_tiny().model
+    quantize_layers(one)
+    quantize_layers(other, levels=nf4_levels().double())
+    assert torch.equal(logits(one), logits(other))
+
+
+@pytest.mark.parametrize(
+    "action", [quantize_layers, dequantized_copy, lora.merged_copy, memory.stored_bytes]
+)
+def test_a_base_in_the_place_of_its_model_is_named(action):
+    with pytest.raises(CourseError, match="found a Loaded, expected a model, such as base.model"):
+        action(fresh_tiny())
+
+
+def test_a_layer_in_two_places_is_refused():
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    message = "0 shares its weight with another layer, .*: take it out of targets"
+    refused(lambda: quantize_layers(model), model, message)
+
+
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])
+def test_a_model_that_is_cast_after_it_was_packed_is_refused_and_says_why(cast):
+    model = cast(nn.Sequential(PackedLinear(normal(4, 8))))
+    x = torch.ones(1, 8, dtype=model[0].levels.dtype)
+    with pytest.raises(CourseError, match=r"the model was cast to torch\.\w+ .*: load it in that"):
+        model(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_base_in_half_precision_is_packed_and_its_copies_are_float32(dtype, machine):
+    model = models.load("tiny", machine, dtype=dtype).model
+    quantize_layers(model)
+    lora.add_lora(model, 4, 8, ["q_proj"])
+    assert logits(model).isfinite().all()
+    for plain in (dequantized_copy(model), lora.merged_copy(dequantized_copy(model))):
+        assert logits(plain).isfinite().all()
+        assert {weight.dtype for weight in plain.parameters()} == {torch.float32}
+
+
+def test_a_packed_model_is_not_saved_under_names_that_no_model_reads(tmp_path):
+    model = fresh_tiny().model
+    quantize_layers(model)
+    lora.add_lora(model, 4, 8, ["q_proj"])
+    for _ in range(2):
+        with pytest.raises(CourseError, match="dequantized_copy"):
+            model.save_pretrained(tmp_path)
+        lora.remove_lora(model)
+    dequantized_copy(model).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_t5_computes_with_packed_layers_as_with_dequantised_ones():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=50, decoder_start_token_id=0, **sizes)
+    ).eval()
+    quantize_layers(model)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        expected = dequantized_copy(model)(input_ids=ids, decoder_input_ids=ids).logits
+        found = model(input_ids=ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_levels_are_fitted_to_any_values_but_none():
+    fitted = lloyd_max_levels(normal(64, 64).half(), rounds=3)
+    assert (fitted.diff() > 0).all()
+    assert lloyd_max_levels(torch.tensor([0.0, 1.0]), count=4, rounds=3).isfinite().all()
+    with pytest.raises(CourseError, match="found no values"):
+        lloyd_max_levels(torch.empty(0))
 
 
 def test_a_layer_of_gpt2_is_packed_the_right_way_round():

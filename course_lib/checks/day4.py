@@ -71,6 +71,7 @@ EXERCISES["E4.1"] = Exercise(
         *((torch.randn(count, generator=DRAW), NF4, size) for count, size in ((32, 8), (12, 12))),
         (torch.tensor([0.0, 0.0, 0.0, 0.02, -0.01, 0.004]), FEW, 3),  # a block of zeros
         (torch.randn(10, generator=DRAW), NF4, 1),
+        (torch.randn(24, generator=DRAW) / 4096, NF4, 8),  # small weights
     ],
     known(
         "a block of zeros gives codes that are not those of zero: 0 divided by 0 is not a number; "
@@ -353,7 +354,9 @@ def passes(function, x, packed, absmax, levels, A, B, scale):
         for factor in (x, A, B):
             factor.requires_grad_()
         found = function(x, packed, absmax, levels, A, B, scale)
-    return {"result": found, "gradients of the result": reached(found, {"x": x, "A": A, "B": B})}
+    names = reached(found, {"x": x, "A": A, "B": B})
+    back = torch.autograd.grad(found.sum(), x, retain_graph=True) if "x" in names else [None]
+    return {"result": found, "gradients of the result": names, "gradient of x": back[0]}
 
 
 def codes_of(packed):
@@ -408,7 +411,7 @@ EXERCISES["E4.4"] = Exercise(
     lambda x, packed, absmax, levels, A, B, scale: forward(x, packed, absmax, levels, A, B, scale),
     [
         packed_layer(1, 2, 4, 2, 1, 2),
-        packed_layer(3, 6, 4, 3, 2, 0.5),
+        packed_layer(3, 6, 4, 3, 2, 0.25),
         packed_layer(2, 4, 4, 4, 3, 2),  # square
         packed_layer(4, 3, 8, 1, 2, 1.5),  # one block
         packed_layer(2, 8, 2, 16, 1, 3),  # a block for each pair
@@ -448,6 +451,10 @@ EXERCISES["E4.4"] = Exercise(
         partial(forward, update=lambda x, A, B, scale: (x @ A.T) @ B.T),
         "what LoRA adds is scaled twice",
         partial(forward, update=lambda x, A, B, scale: scale**2 * (x @ A.T) @ B.T),
+        "what LoRA adds is divided by r: the scale that you are given is alpha / r already",
+        partial(forward, update=lambda x, A, B, scale: scale / len(A) * (x @ A.T) @ B.T),
+        "x gets no gradient through A and B: what comes before this layer learns from them, too",
+        partial(forward, update=lambda x, A, B, scale: scale * (x.detach() @ A.T) @ B.T),
         "what LoRA adds is divided by the scale",
         partial(forward, update=lambda x, A, B, scale: (x @ A.T) @ B.T / scale),
         "the base is scaled, too: only what LoRA adds is",
@@ -511,6 +518,7 @@ EXERCISES["E4.5"] = Exercise(
         (torch.cat([torch.randn(32, generator=DRAW), on_grid(3, 32, 8, 3)]), 32, 16),
         (on_grid(1, 8, 4, 5), 8, 4),
         (torch.tensor([1.0, -1.0, 2.0, -2.0]), 4, 2),  # four values, two sizes
+        (torch.tensor([0.5, 0.501, 0.502, 0.503]), 4, 2),  # near to each other
         (torch.zeros(8), 4, 1),
     ],
     known(

@@ -86,13 +86,74 @@ def rounded(machine: Machine) -> Sweep:
     return scored_variants(method, task, machine, variants, settings)
 
 
+def moved(machine: Machine) -> Sweep:
+    """LoRA of rank 8 trained on tiny in float32, and then put on the base rounded to each format,
+    in blocks of 64, without a merge.
+    """
+    task, settings = world_experiment(), {name: {"format": name} for name in FORMATS}
+
+    def variants(base: Loaded) -> dict[str, nn.Module]:
+        found = {}
+        for name, levels in FORMATS.items():
+            model = models.load("tiny", machine).model
+            if levels is not None:
+                quantize_layers(model, levels=levels())
+            found[name] = with_adapter_of(base.model, model)
+        return found
+
+    method = Method("LoRA, moved to the rounded", RATE, {}, adapted(RANK))
+    return scored_variants(method, task, machine, variants, settings)
+
+
+def with_adapter_of(trained: nn.Module, model: nn.Module) -> nn.Module:
+    """`model` with the adapter that another one has."""
+    add_lora(model, RANK, 2 * RANK, ALL_LINEAR)
+    layers = lora_layers(trained)
+    for path, layer in lora_layers(model).items():
+        layer.adapters.load_state_dict(layers[path].adapters.state_dict())
+    return model
+
+
+def untouched(machine: Machine) -> Sweep:
+    """The untouched SmolLM2 in each format, in blocks of 64 and with one scale for a matrix: how
+    many plain questions it still answers of those that it answered in float32, and of the others.
+    """
+    plain = {"retention": evaluation.read_retention(), "gained": evaluation.read_unknown()}
+    measures = {name: Measure("percent", len(questions)) for name, questions in plain.items()}
+
+    def score(base: Loaded) -> dict[str, float]:
+        return {
+            name: 100 * evaluation.evaluate_retention(base, questions).rate
+            for name, questions in plain.items()
+        }
+
+    def rounded_base(levels: Callable[[], Tensor], block_size: int) -> Callable[[Loaded], None]:
+        def prepare(base: Loaded) -> None:
+            quantize_layers(base.model, ALL_LINEAR, levels(), block_size, double=False)
+
+        return prepare
+
+    methods = [
+        Method(
+            "untouched",
+            None,
+            {"base": f"base in {name}", "block": what},
+            rounded_base(FORMATS[name], size),
+        )
+        for what, size in (("of 64", 64), ("of a matrix", 10**9))
+        for name in ("NF4", "FP4", "INT4")
+    ]
+    task = replace(week_experiment(), score=score, measures=measures)
+    return compare(methods, task, machine)
+
+
 def merges(machine: Machine) -> Sweep:
-    """QLoRA on tiny as it was trained, and after each of three merges."""
-    return merged_three_ways("tiny", world_experiment(), RATE, machine)
+    """QLoRA on tiny as it was trained, and after each of four merges."""
+    return merged_four_ways("tiny", world_experiment(), RATE, machine)
 
 
 def week_merges(machine: Machine) -> Sweep:
-    """QLoRA on the task of the week as it was trained, and after each of three merges."""
+    """QLoRA on the task of the week as it was trained, and after each of four merges."""
     test = evaluation.read_task("test")
     rates = ("valid JSON", "right topic", "right answer")
     measures = {"response loss": Measure("nats")} | dict.fromkeys(
@@ -105,22 +166,23 @@ def week_merges(machine: Machine) -> Sweep:
         return {"response loss": evaluation.score_answers(base, test).loss} | scores
 
     task = replace(week_experiment(), score=score, measures=measures)
-    return merged_three_ways("smollm2-135m", task, WEEK_RATE, machine)
+    return merged_four_ways("smollm2-135m", task, WEEK_RATE, machine)
 
 
-def merged_three_ways(name: str, task: Experiment, rate: float, machine: Machine) -> Sweep:
-    ways = ("none", "into the dequantised weights", "into the original weights", "quantised again")
+def merged_four_ways(name: str, task: Experiment, rate: float, machine: Machine) -> Sweep:
+    ways = (
+        *("not merged", "into the dequantised weights", "into the original weights"),
+        *("dequantised, quantised again", "original, quantised again"),
+    )
 
     def variants(base: Loaded) -> dict[str, nn.Module]:
         dequantized = merged_copy(dequantized_copy(base.model))
-        original = models.load(name, machine).model
-        add_lora(original, RANK, 2 * RANK, ALL_LINEAR)
-        trained = lora_layers(base.model)
-        for path, layer in lora_layers(original).items():
-            layer.adapters.load_state_dict(trained[path].adapters.state_dict())
-        again = merged_copy(dequantized_copy(base.model))
-        quantize_layers(again)
-        return dict(zip(ways, (base.model, dequantized, merged_copy(original), again), strict=True))
+        original = with_adapter_of(base.model, models.load(name, machine).model)
+        again = [merged_copy(dequantized_copy(base.model)), merged_copy(original)]
+        for model in again:
+            quantize_layers(model)
+        models_of = (base.model, dequantized, merged_copy(original), *again)
+        return dict(zip(ways, models_of, strict=True))
 
     method = Method("QLoRA", rate, {"rank": RANK}, on(nf4_levels))
     settings = {way: {"rank": RANK, "merged": way} for way in ways}
@@ -183,7 +245,7 @@ def week(machine: Machine) -> Sweep:
     return compare([untouched, week_method(WEEK_RATE)], week_experiment(), machine)
 
 
-RECIPES = (formats, rounded, merges, week_rates, week, week_merges)
+RECIPES = (formats, rounded, moved, untouched, merges, week_rates, week, week_merges)
 
 if __name__ == "__main__":
     record(RECIPES, "qlora_")
