@@ -18,6 +18,7 @@ from tools.figures.drawing import (
 )
 
 NAME = "day4_qlora"
+RATE = 5e-3  # of LoRA on tiny
 
 
 def figures(notebook: Notebook) -> dict[str, Callable[[], Axes | bytes | str]]:
@@ -38,7 +39,7 @@ def figures(notebook: Notebook) -> dict[str, Callable[[], Axes | bytes | str]]:
 
 def tables(notebook: Notebook) -> list[list[Row]]:
     """The tables of the deck that are measured."""
-    return [today_rows(), merge_rows(), table_rows(notebook, "at_block, equal")]
+    return [today_rows(), merge_rows(), table_rows(notebook, "error_of = ")]
 
 
 # --- what was measured
@@ -58,7 +59,10 @@ def today_rows() -> list[Row]:
 def merge_rows() -> list[Row]:
     """QLoRA on the task of the week, as trained and after each merge."""
     rows = week_rows(experiments.read("qlora_week_merges"))
-    names = ("as trained", "1. dequantised", "2. original", "3. quantised again")
+    names = (
+        *("as trained", "1. dequantised", "2. original"),
+        *("3. dequantised, again", "4. original, once"),
+    )
     merged = zip(rows, names, strict=True)
     return [{"merged into": name} | dict([*row.items()][2:]) for row, name in merged]
 
@@ -68,15 +72,17 @@ def merge_rows() -> list[Row]:
 
 def draw_down() -> Axes:
     formats, after = experiments.read("qlora_formats"), experiments.read("qlora_rounded")
+    moved = experiments.read("qlora_moved")
     dots = {}
-    for name in ("float32", "NF4", "FP4", "INT4", "INT3", "INT2"):
-        runs = after.where(format=name).outcomes
-        dots[f"{name}: rounded after training"] = [run.scores["exact match"] for run in runs]
-        on_rounded = experiments.at_best_rates(formats.where(base=f"base in {name}"), "exact match")
-        dots[f"{name}: trained on the rounded"] = [
-            run.scores["exact match"] for run in on_rounded.outcomes
-        ]
-    green = [name for name in dots if name.endswith("on the rounded")]
+    for name in ("float32", "NF4", "INT4", "INT3", "INT2"):
+        ways = {
+            "rounded after training": after.where(format=name),
+            "moved to the rounded": moved.where(format=name),
+            "trained on the rounded": formats.where(base=f"base in {name}", learning_rate=RATE),
+        }
+        for what, sweep in ways.items():
+            dots[f"{name}: {what}"] = [run.scores["exact match"] for run in sweep.outcomes]
+    green = [name for name in dots if name.endswith("trained on the rounded")]
     return widened(plots.plot_dots(dots, "", "% exact match", green))
 
 
@@ -85,10 +91,7 @@ def draw_down() -> Axes:
 
 def stated(notebook: Notebook) -> Statements:
     """What the slides say with the notebook's own numbers."""
-    opening = [
-        found(notebook, "QUESTIONS = ", rf"{name}: (\d+) MB")[0]
-        for name in ("before", "4 bits, naive", "4 bits, NF4")
-    ]
+    opening = [(row["weights"], row["MB"]) for row in table_rows(notebook, "QUESTIONS = ")]
     equal, total = found(notebook, "bytes of the whole model", r"yours: ([\d,]+) of ([\d,]+)")
     assert equal == total
     once, twice = found(
@@ -100,7 +103,7 @@ def stated(notebook: Notebook) -> Statements:
         for name in ("all weights trained", "LoRA on 16 bits", "QLoRA")
     ]
     return {
-        "The same four bits": [f"| {size} MB |" for size in opening],
+        "The same four bits": [f"| {way} | {size} |" for way, size in opening],
         "Quantise the constants": [f"{once} → {twice} bits"],
         "The core in code": [f"{equal} of {total} bytes"],
         "It trains": [f"{right} % exact match"],
@@ -114,4 +117,10 @@ def said(notebook: Notebook) -> Statements:
         found(notebook, "kept for the backward pass", rf"{name}: ([\d.]+) MB kept")[0]
         for name in ("LoRA on float32", "your layers", "course_lib's")
     ]
-    return {"A trap": [f"{kept[1]} megabytes with yours, {kept[2]} with the package's"]}
+    changed, codes = found(
+        notebook, "changed = total = 0", r"([\d,]+) of (\d+),[\d,]+ codes change"
+    )
+    return {
+        "Four ways to merge": [f"of {codes} million codes only {changed} changed"],
+        "A trap": [f"{kept[1]} megabytes with yours, {kept[2]} with the package's"],
+    }
