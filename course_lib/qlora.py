@@ -401,8 +401,12 @@ def _at_most(block_size: int, values: Tensor) -> int:
 
 
 def _scale(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
-    """(n,) values times the absmax of their blocks; the last block may be shorter."""
+    """(n,) values, multiplied in place by the absmax of their blocks; the last one may be shorter.
+
+    In place, since a second array of this size costs more time than the product.
+    """
     block_size = _at_most(block_size, values)
     if len(values) % block_size:
-        return values * absmax.repeat_interleave(block_size)[: len(values)]
-    return (values.view(-1, block_size) * absmax[:, None]).view(-1)
+        return values.mul_(absmax.repeat_interleave(block_size)[: len(values)])
+    values.view(-1, block_size).mul_(absmax[:, None])
+    return values
