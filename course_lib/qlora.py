@@ -70,11 +70,14 @@ def even_levels(bits: int = 4) -> Tensor:
     return torch.arange(-largest, largest + 1) / largest
 
 
-def lloyd_max_levels(values: Tensor, count: int = 16, rounds: int = 200) -> Tensor:
+def lloyd_max_levels(
+    values: Tensor, count: int = 16, rounds: int = 200, with_zero: bool = False
+) -> Tensor:
     """(count,) levels with the least mean square error for `values`, which lie in -1..1: each level
     becomes the mean of the values that are nearest to it, again and again (Lloyd 1982).
 
     values: any shape; of more than 10 million every so-many-th is taken
+    with_zero: the level that is nearest to zero becomes zero, in each round
     """
     values = values.flatten().float()
     values = values[:: len(values) // 10_000_000 + 1]
@@ -86,6 +89,8 @@ def lloyd_max_levels(values: Tensor, count: int = 16, rounds: int = 200) -> Tens
         sums = torch.zeros(count).index_add_(0, nearest, values)
         found = nearest.bincount(minlength=count)
         levels = torch.where(found > 0, sums / found, levels)
+        if with_zero:
+            levels[levels.abs().argmin()] = 0.0
     return levels
 
 

@@ -91,6 +91,9 @@ def test_no_levels_have_a_smaller_square_error_than_lloyd_and_max():
     assert error(best) < min(error(book) for book in (nf4_levels(), even_levels()))
     for moved in (best * 1.01, best + 0.005):
         assert error(best) < error(moved)
+    pinned = lloyd_max_levels(values, with_zero=True)
+    assert 0 in pinned
+    assert error(best) < error(pinned) < error(nf4_levels())
 
 
 # --- quantise and dequantise

@@ -19,7 +19,7 @@ drawAlways(() => {
   const found = quantize(values, levels, block), others = values.map((_, i) => i).filter((i) => i !== outlier);
   const square = (list) => list.reduce((a, b) => a + b * b, 0);
   const error = Math.sqrt(square(others.map((i) => found[i].value - values[i])) / square(others.map((i) => values[i])));
-  const width = Math.max(280, host.clientWidth - 16), height = 300, left = 34, wide = width - left - 4, step = wide / values.length;
+  const width = Math.max(280, host.clientWidth - 16), height = 190, left = 34, wide = width - left - 4, step = wide / values.length;
   const top = Math.max(3, ...values.map(Math.abs)) * 1.05, y = (value) => (height / 2) * (1 - value / top);
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   svg.setAttribute("height", height);

@@ -172,7 +172,7 @@ def week_merges(machine: Machine) -> Sweep:
 def merged_four_ways(name: str, task: Experiment, rate: float, machine: Machine) -> Sweep:
     ways = (
         *("not merged", "into the dequantised weights", "into the original weights"),
-        *("dequantised, quantised again", "original, quantised again"),
+        *("dequantised, quantised again", "original, quantised once"),
     )
 
     def variants(base: Loaded) -> dict[str, nn.Module]:

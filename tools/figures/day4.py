@@ -18,7 +18,6 @@ from tools.figures.drawing import (
 )
 
 NAME = "day4_qlora"
-RATE = 5e-3  # of LoRA on tiny
 
 
 def figures(notebook: Notebook) -> dict[str, Callable[[], Axes | bytes | str]]:
@@ -78,7 +77,9 @@ def draw_down() -> Axes:
         ways = {
             "rounded after training": after.where(format=name),
             "moved to the rounded": moved.where(format=name),
-            "trained on the rounded": formats.where(base=f"base in {name}", learning_rate=RATE),
+            "trained on the rounded": experiments.at_best_rates(
+                formats.where(base=f"base in {name}"), "exact match"
+            ),
         }
         for what, sweep in ways.items():
             dots[f"{name}: {what}"] = [run.scores["exact match"] for run in sweep.outcomes]
