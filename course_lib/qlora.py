@@ -32,6 +32,7 @@ CONSTANTS_BLOCK = 256  # absmax that share a scale in double quantisation
 # The probability below the largest level of NF4: the mean of what 15 and what 16 levels at the
 # middles of equal parts would have. Seven digits of it stand in bitsandbytes.
 OUTERMOST = round(1 - (1 / 30 + 1 / 32) / 2, 7)
+ROUNDS = 200  # of the search for levels
 SMALLEST = 1e-38  # what the absmax of a block of zeros is taken for
 
 
@@ -70,9 +71,7 @@ def even_levels(bits: int = 4) -> Tensor:
     return torch.arange(-largest, largest + 1) / largest
 
 
-def lloyd_max_levels(
-    values: Tensor, count: int = 16, rounds: int = 200, with_zero: bool = False
-) -> Tensor:
+def lloyd_max_levels(values: Tensor, count: int = 16, with_zero: bool = False) -> Tensor:
     """(count,) levels with the least mean square error for `values`, which lie in -1..1: each level
     becomes the mean of the values that are nearest to it, again and again (Lloyd 1982).
 
@@ -84,7 +83,7 @@ def lloyd_max_levels(
     if not len(values):
         raise CourseError("found no values, expected some to fit levels to")
     levels = values.quantile((torch.arange(count) + 0.5) / count)
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         nearest = nearest_codes(values, levels).int()
         sums = torch.zeros(count).index_add_(0, nearest, values)
         found = nearest.bincount(minlength=count)
@@ -243,7 +242,7 @@ class PackedLinear(nn.Linear):
         double: bool = True,
     ):
         super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        levels = check_levels(nf4_levels() if levels is None else levels).to(weight.device)
+        levels = _check_levels(nf4_levels() if levels is None else levels).to(weight.device)
         codes, absmax = quantize_blockwise(weight.detach(), levels, block_size)
         zero = nearest_codes(torch.zeros(1, device=weight.device), levels).item()
         self.weight = nn.Parameter(pack(codes, zero).view(torch.int8), requires_grad=False)
@@ -321,7 +320,7 @@ def quantize_layers(
     or stands in two places, and where a weight is not finite.
     """
     surgery.check_model(model)
-    levels = check_levels(nf4_levels() if levels is None else levels)
+    levels = _check_levels(nf4_levels() if levels is None else levels)
     layers, shared = surgery.find_layers(model, targets), surgery.shared_weights(model)
     for path, layer in layers.items():
         if surgery.is_quantized(layer):
@@ -383,7 +382,7 @@ def _unpacked(layer: PackedLinear) -> nn.Linear:
     return plain
 
 
-def check_levels(levels: Tensor) -> Tensor:
+def _check_levels(levels: Tensor) -> Tensor:
     """Levels as float32. Raises CourseError for what are none for codes of four bits."""
     expected = "expected a tensor of 1 to 16 finite numbers: nf4_levels() makes one"
     if not isinstance(levels, Tensor) or levels.dim() != 1:
