@@ -92,7 +92,7 @@ def draw_down() -> Axes:
 
 def stated(notebook: Notebook) -> Statements:
     """What the slides say with the notebook's own numbers."""
-    opening = [(row["weights"], row["MB"]) for row in table_rows(notebook, "QUESTIONS = ")]
+    opening = [[*row.values()][:3] for row in table_rows(notebook, "QUESTIONS = ")]
     equal, total = found(notebook, "bytes of the whole model", r"yours: ([\d,]+) of ([\d,]+)")
     assert equal == total
     once, twice = found(
@@ -104,7 +104,9 @@ def stated(notebook: Notebook) -> Statements:
         for name in ("all weights trained", "LoRA on 16 bits", "QLoRA")
     ]
     return {
-        "The same four bits": [f"| {way} | {size} |" for way, size in opening],
+        "The same four bits": [
+            f"| {way} | {size} | {reply.splitlines()[0][:17]}" for way, size, reply in opening
+        ],
         "Quantise the constants": [f"{once} → {twice} bits"],
         "The core in code": [f"{equal} of {total} bytes"],
         "It trains": [f"{right} % exact match"],
