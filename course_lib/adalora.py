@@ -236,7 +236,7 @@ class Budget:
     ):
         self.layers = _layers_to_prune(model, target_rank)
         ranks = [layer.rank for layer in self.layers.values()]
-        target = int(target_rank * len(ranks))
+        target = round(target_rank * len(ranks))
         self.schedule = Schedule(sum(ranks), target, steps, initial_steps, final_steps, every)
         self.history: list[list[int]] = []
         self._weights = {

@@ -67,6 +67,8 @@ def even_levels(bits: int = 4) -> Tensor:
     >>> even_levels(2).tolist()
     [-1.0, 0.0, 1.0]
     """
+    if type(bits) is not int or not 2 <= bits <= 8:
+        raise CourseError(f"bits={bits!r} must be a whole number in 2..8: a code is a byte at most")
     largest = 2 ** (bits - 1) - 1
     return torch.arange(-largest, largest + 1) / largest
 
@@ -82,10 +84,10 @@ def lloyd_max_levels(values: Tensor, count: int = 16, with_zero: bool = False) -
     values = values[:: len(values) // 10_000_000 + 1]
     if not len(values):
         raise CourseError("found no values, expected some to fit levels to")
-    levels = values.quantile((torch.arange(count) + 0.5) / count)
+    levels = values.quantile((torch.arange(count, device=values.device) + 0.5) / count)
     for _ in range(ROUNDS):
         nearest = nearest_codes(values, levels).int()
-        sums = torch.zeros(count).index_add_(0, nearest, values)
+        sums = torch.zeros_like(levels).index_add_(0, nearest, values)
         found = nearest.bincount(minlength=count)
         levels = torch.where(found > 0, sums / found, levels)
         if with_zero:
@@ -106,11 +108,14 @@ def dynamic_levels() -> Tensor:
 
 
 def nearest_codes(values: Tensor, levels: Tensor) -> Tensor:
-    """The code of the level that is nearest to each value, uint8: its place in `levels`.
+    """The code of the level that is nearest to each value, uint8: its place in `levels`, of which
+    there are at most 256.
 
     >>> nearest_codes(torch.tensor([0.1, -2.0, 0.6]), torch.tensor([-1.0, 0.0, 1.0])).tolist()
     [1, 0, 2]
     """
+    if len(levels) > 256:
+        raise CourseError(f"found {len(levels)} levels, at most 256 have a code of one byte")
     ascending, order = levels.sort()
     middles = (ascending[:-1] + ascending[1:]) / 2
     if len(levels) > 16:
@@ -150,11 +155,15 @@ def quantize_blockwise(
 def dequantize_blockwise(
     codes: Tensor, absmax: Tensor, levels: Tensor, block_size: int = BLOCK
 ) -> Tensor:
-    """(n,) codes -> (n,) values, float32.
+    """(n,) codes -> (n,) values, float32. Raises CourseError where absmax is not of these blocks.
 
     >>> dequantize_blockwise(torch.tensor([0, 2, 1]), torch.tensor([4.0]), even_levels(2)).tolist()
     [-4.0, 4.0, 0.0]
     """
+    blocks = -(-len(codes) // block_size)
+    if len(absmax) != blocks:
+        found = f"{len(codes)} codes in blocks of {block_size} have {blocks} absmax"
+        raise CourseError(f"{found}, found {len(absmax)}: give the block size they were made with")
     return _scale(levels[codes.int()], absmax, block_size)
 
 
@@ -226,6 +235,8 @@ class PackedLinear(nn.Linear):
     weight: ((d_out d_in + 1) // 2,) bytes, kept as int8: T5 casts the input of a layer to the type
         of its weight, unless that is int8
     absmax: (blocks,) float32; or, with `double`, codes, beside `scales` and `mean`
+    levels, and all constants in float32: kept as their bits, int32, which no cast of a model to
+        another type touches
 
     >>> layer = nn.Linear(64, 2)
     >>> packed = PackedLinear(layer.weight, layer.bias)
@@ -249,36 +260,32 @@ class PackedLinear(nn.Linear):
         if bias is not None:
             self.bias = nn.Parameter(bias.detach(), requires_grad=False)
         self.block_size, self.double = block_size, double
-        self.register_buffer("levels", levels)
+        constants = {"levels": levels.clone(), "absmax": absmax}
         if double:
-            absmax, scales, mean = quantize_constants(absmax)
-            self.register_buffer("scales", scales)
-            self.register_buffer("mean", mean)
+            absmax_codes, constants["scales"], constants["mean"] = quantize_constants(absmax)
             # the same for all layers, so no file needs it
-            self.register_buffer("dynamic", dynamic_levels().to(weight.device), persistent=False)
-        self.register_buffer("absmax", absmax)
+            dynamic = dynamic_levels().to(weight.device).view(torch.int32)
+            self.register_buffer("dynamic", dynamic, persistent=False)
+        for name, numbers in constants.items():
+            self.register_buffer(name, numbers.view(torch.int32))
+        if double:
+            self.absmax = absmax_codes
 
     def constants(self) -> Tensor:
         """(blocks,) absmax, float32"""
         if not self.double:
-            return self.absmax
-        return dequantize_constants(self.absmax, self.scales, self.mean, self.dynamic)
+            return self.absmax.view(torch.float32)
+        kept = (self.scales, self.mean, self.dynamic)
+        return dequantize_constants(self.absmax, *(bits.view(torch.float32) for bits in kept))
 
     def dequantized(self) -> Tensor:
-        """(d_out, d_in) float32. Raises CourseError if the constants were cast to another type."""
-        if self.levels.dtype != torch.float32:
-            found = (
-                f"the model was cast to {self.levels.dtype} with the constants of its packed layers"
-            )
-            raise CourseError(f"{found}: load it in that type first, then quantize_layers")
+        """(d_out, d_in) float32"""
         count = self.out_features * self.in_features
         # both levels of a byte are looked up at once, as one number of eight bytes
-        size = len(self.levels)
         codes = torch.arange(256, device=self.levels.device)
-        pairs = self.levels[torch.stack([codes >> 4, codes & 15], 1) % size].view(torch.int64)
-        values = (
-            pairs.view(-1).index_select(0, self.weight.view(torch.uint8).int()).view(torch.float32)
-        )
+        places = torch.stack([codes >> 4, codes & 15], 1) % len(self.levels)
+        pairs = self.levels[places].view(torch.int64).view(-1)
+        values = pairs.index_select(0, self.weight.view(torch.uint8).int()).view(torch.float32)
         values = _scale(values[:count], self.constants(), self.block_size)
         return values.view(self.out_features, self.in_features)
 
@@ -357,17 +364,12 @@ def dequantized_copy(model: nn.Module) -> nn.Module:
     Raises CourseError for a model without quantised layers.
     """
     surgery.check_model(model)
-    layers = {
-        path: module
-        for path, module in surgery.uncompiled(model).named_modules()
-        if surgery.is_quantized(module)
-    }
-    if not layers:
+    if not any(map(surgery.is_quantized, model.modules())):
         raise CourseError("the model has no quantised layer: it can be merged as it is")
     plain = copy.deepcopy(surgery.uncompiled(model))
     if getattr(plain, "is_quantized", False):  # by transformers, through bitsandbytes
         plain.dequantize(dtype=torch.float32)
-    for path, layer in layers.items():
+    for path, layer in [*plain.named_modules()]:
         if isinstance(layer, PackedLinear):
             surgery.replace_layer(plain, path, _unpacked(layer))
     if not surgery.wrapped_layers(plain):

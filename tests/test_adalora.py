@@ -562,6 +562,7 @@ def test_a_target_below_one_leaves_fewer_triplets_than_layers(machine):
         machine, make=functools.partial(budget_of, target_rank=0.25)
     )
     assert nonzero(base.model) == len(budget.layers) // 4
+    assert budget_of(base.model, target_rank=4.1).schedule.target == 33  # of 8 layers: 32.8
 
 
 def test_without_its_budget_training_is_refused_before_the_first_step(machine):

@@ -109,6 +109,14 @@ def test_a_right_function_passes_in_every_style(name, function):
     assert diagnosis(name, function) is None
 
 
+def test_no_weight_lies_at_the_middle_between_two_levels():
+    for weights, levels, block_size in find("E4.1").cases:
+        absmax = weights.view(-1, block_size).abs().amax(1).clamp(min=1e-38)
+        scaled = weights / absmax.repeat_interleave(block_size)
+        nearest = (scaled[:, None] - levels).abs().sort(dim=1).values
+        assert (nearest[:, 1] - nearest[:, 0] > 1e-4).all()
+
+
 def absmax_with_sign(weights, levels, block_size):
     blocks = weights.view(-1, block_size)
     absmax = blocks.max(dim=1).values

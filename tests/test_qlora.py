@@ -3,7 +3,9 @@ dequantised weight, and a merge changes no answer.
 """
 
 import copy
+import gc
 import math
+import weakref
 from statistics import NormalDist
 
 import bitsandbytes.functional as bnb
@@ -11,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
@@ -210,12 +213,23 @@ def test_a_packed_layer_computes_with_the_dequantised_weight(d_in, d_out, bias):
     torch.testing.assert_close(torch.autograd.grad(layer(x).square().sum(), x)[0], grad)
 
 
-def test_a_packed_layer_keeps_no_weight_for_the_backward_pass():
-    plain = nn.Linear(256, 256, bias=False)
-    layer = PackedLinear(plain.weight)
+def test_no_weight_lives_from_the_forward_to_the_backward_pass(monkeypatch):
+    layer, made = PackedLinear(normal(64, 256)), []
+    dequantized = PackedLinear.dequantized
+
+    def watched(self):
+        weight = dequantized(self)
+        made.append(weakref.ref(weight.untyped_storage()))
+        return weight
+
+    monkeypatch.setattr(PackedLinear, "dequantized", watched)
     x = normal(2, 256).requires_grad_()
-    _, kept = memory.activation_bytes(layer, lambda: layer(x).square().sum())
-    assert kept < layer.dequantized().numel()  # of four bytes each
+    ours, plain = layer(x), linear(x, layer.dequantized())
+    gc.collect()
+    assert [storage() is None for storage in made] == [True, False]
+    torch.testing.assert_close(
+        torch.autograd.grad(ours.sum(), x)[0], torch.autograd.grad(plain.sum(), x)[0]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -370,14 +384,49 @@ def test_the_adapter_can_be_taken_off_again(trained):
     assert surgery.count_parameters(trained).trained == 0
 
 
-def test_its_state_is_saved_and_loaded():
+def test_its_state_is_saved_in_a_file_and_loaded(tmp_path):
     ours, other = fresh_tiny().model, fresh_tiny().model
     quantize_layers(ours)
     for weight in other.parameters():
         nn.init.normal_(weight, std=0.02)
     quantize_layers(other)
-    other.load_state_dict(ours.state_dict())
+    state = {name: value for name, value in ours.state_dict().items() if name != "lm_head.weight"}
+    save_file(state, tmp_path / "packed.safetensors")
+    other.load_state_dict(load_file(tmp_path / "packed.safetensors"), strict=False)
     assert torch.equal(logits(other), logits(ours))
+
+
+def test_layers_share_nothing_with_each_other_or_with_the_caller():
+    model, levels = fresh_tiny().model, nf4_levels()
+    quantize_layers(model, levels=levels)
+    before = logits(model)
+    levels.zero_()
+    first = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert torch.equal(logits(model), before)
+    other = model.get_submodule("model.layers.1.mlp.up_proj").levels.clone()
+    first.levels.zero_()
+    assert torch.equal(model.get_submodule("model.layers.1.mlp.up_proj").levels, other)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_dequantised_copy_shares_no_bias_with_its_model(adapter):
+    model = small_gpt2()
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(weight)
+    quantize_layers(model)
+    if adapter:
+        lora.add_lora(model, 2, 4, surgery.ALL_LINEAR)
+    before = logits(model)
+    plain = dequantized_copy(model)
+    torch.testing.assert_close(logits(plain), before)
+    trained = surgery.count_parameters(model).trained
+    with torch.no_grad():
+        for weight in plain.parameters():
+            weight.zero_()
+    lora.remove_lora(plain)
+    assert torch.equal(logits(model), before)
+    assert surgery.count_parameters(model).trained == trained
 
 
 def test_the_footprint_is_below_a_third_of_float32s():
@@ -432,6 +481,24 @@ def test_a_block_larger_than_all_is_one_block():
     codes, absmax = quantize_blockwise(normal(100), nf4_levels(), 10**12)
     assert len(absmax) == 1
     assert len(dequantize_blockwise(codes, absmax, nf4_levels(), 10**12)) == 100
+
+
+@pytest.mark.parametrize("size", [32, 100])
+def test_another_block_size_than_that_of_the_codes_is_refused(size):
+    codes, absmax = quantize_blockwise(normal(200), nf4_levels(), 64)
+    with pytest.raises(CourseError, match=f"200 codes in blocks of {size} have . absmax, found 4"):
+        dequantize_blockwise(codes, absmax, nf4_levels(), size)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 4.0, None])
+def test_even_levels_of_bits_that_no_code_has_are_refused(bits):
+    with pytest.raises(CourseError, match="must be a whole number in 2..8"):
+        even_levels(bits)
+
+
+def test_more_levels_than_a_byte_has_are_refused():
+    with pytest.raises(CourseError, match="found 257 levels, at most 256 have a code of one byte"):
+        nearest_codes(torch.zeros(3), torch.linspace(-1, 1, 257))
 
 
 def test_whole_numbers_are_refused():
@@ -521,11 +588,15 @@ def test_a_layer_in_two_places_is_refused():
 
 
 @pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])
-def test_a_model_that_is_cast_after_it_was_packed_is_refused_and_says_why(cast):
-    model = cast(nn.Sequential(PackedLinear(normal(4, 8))))
-    x = torch.ones(1, 8, dtype=model[0].levels.dtype)
-    with pytest.raises(CourseError, match=r"the model was cast to torch\.\w+ .*: load it in that"):
-        model(x)
+def test_no_cast_of_a_model_touches_its_packed_weights(cast):
+    for double in (False, True):
+        layer = PackedLinear(normal(4, 64), torch.ones(4), double=double)
+        weight = layer.dequantized()
+        model = cast(nn.Sequential(layer))
+        assert torch.equal(layer.dequantized(), weight)
+        x = torch.ones(1, 64, dtype=layer.bias.dtype)
+        torch.testing.assert_close(model(x), linear(x, weight.to(x.dtype), layer.bias))
+        assert torch.equal(model.float()[0].dequantized(), weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

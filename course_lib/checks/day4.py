@@ -66,8 +66,8 @@ def level_below(distance):
 EXERCISES["E4.1"] = Exercise(
     lambda weights, levels, block_size: quantize(weights, levels, block_size),
     [
-        (torch.tensor([0.5, -2.0, 1.1, 0.1, 3.0, -0.6, -3.0, 1.4]), FEW, 4),
-        (torch.tensor([-4.0, 1.0, 0.3, 2.5]), FEW, 2),
+        (torch.tensor([0.6, -2.0, 1.1, 0.1, 3.0, -0.6, -3.0, 1.4]), FEW, 4),
+        (torch.tensor([-4.0, 1.2, 0.3, 2.5]), FEW, 2),
         *((torch.randn(count, generator=DRAW), NF4, size) for count, size in ((32, 8), (12, 12))),
         (torch.tensor([0.0, 0.0, 0.0, 0.02, -0.01, 0.004]), FEW, 3),  # a block of zeros
         (torch.randn(10, generator=DRAW), NF4, 1),
