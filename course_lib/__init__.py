@@ -18,15 +18,18 @@ Arrows point one way, from top to leaf. Importing `course_lib` imports nothing h
 | middle | `vocabulary`  | new pieces for a tokenizer, new rows for the embeddings                |
 | middle | `memory`      | bytes of weights, gradients, optimizer states; activations, counted    |
 | middle | `surgery`     | find and replace linear layers by name, default targets, count weights |
+| middle | `shapes`      | configs of known models by name, memory of GPUs                        |
 | middle | `lora`        | LoRA: add, switch, blend, merge; several adapters in one batch         |
 | middle | `adalora`     | AdaLoRA: P Λ Q, importance of triplets, the budget that prunes         |
 | middle | `qlora`       | QLoRA: NF4, packed bytes, constants quantised again, packed layers     |
+| middle | `dryrun`      | a forward pass on shapes: what training would keep, block by block     |
 | middle | `peft_format` | adapters as files that peft reads, and the reverse                     |
 | upper  | `checkpoints` | a training run kept on disk: whole or absent, of this run or refused   |
 | upper  | `training`    | `finetune()`: the training loop, with two seams                        |
 | upper  | `fusion`      | several LoRA jobs trained in one batch                                 |
 | upper  | `evaluation`  | `evaluate()`: valid JSON, right topic, exact match, retention          |
 | upper  | `experiments` | methods over seeds in one table: a day's sweeps, the table of the week |
+| upper  | `planner`     | does a training fit: the bill, what saves most, how sure               |
 | top    | `explorables` | small interactive figures that need no kernel and no network           |
 | top    | `checks`      | `use("E1.1", my_function)`: exercises that say what is wrong           |
 | top    | `preflight`   | what would stop the course on this machine, with the next step         |

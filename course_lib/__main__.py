@@ -1,6 +1,8 @@
 """The command line: python -m course_lib COMMAND."""
 
 import sys
+from pathlib import Path
+from typing import Annotated
 
 from course_lib.runtime import CourseError
 
@@ -50,12 +52,58 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Option(help="a known model, a folder with config.json, owner/name")
+    ],
+    gpu: Annotated[str, typer.Option(help="a known GPU, its memory in GB, or cpu")],
+    method: Annotated[str, typer.Option(help="full, lora, qlora, adalora, prefix, ...")] = "qlora",
+    batch: Annotated[int, typer.Option(help="rows at a time, without accumulation")] = 1,
+    length: Annotated[int, typer.Option(help="tokens of the longest row")] = 512,
+    checkpointing: Annotated[bool, typer.Option(help="compute activations twice")] = False,
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw-8bit, paged-adamw, sgd")] = "adamw",
+    size: Annotated[int | None, typer.Option(help="a rank, tokens or a width")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of the base; float16, on CPUs float32")] = None,
+    shards: Annotated[int, typer.Option(help="GPUs that share the weights")] = 1,
+    data: Annotated[
+        Path | None, typer.Option(help="a file of records: takes length from it")
+    ] = None,
+) -> None:
+    """Does a fine-tuning fit? From shapes alone: nothing is downloaded for known models."""
+    from course_lib import planner
+
+    cpu = gpu.strip().lower() == "cpu"
+    if data is not None:
+        lengths = planner.lengths_of(data)
+        length = lengths.longest
+        print(lengths)
+    recipe = planner.Recipe(
+        model,
+        method,
+        batch,
+        length,
+        checkpointing,
+        optimizer,
+        size,
+        dtype=dtype or ("float32" if cpu else "float16"),
+        shards=shards,
+        framework=planner.FRAMEWORK_CPU if cpu else planner.FRAMEWORK_GPU,
+    )
+    print(planner.report(recipe, gpu))
+
+
 def main() -> None:
-    """Run a command; a CourseError is one line on stderr and exit code 1, never a traceback."""
+    """Run a command; a mistake is one line on stderr and exit code 1, never a traceback."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except CourseError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # all of typer's have it
+            raise
+        found = error.format_message()  # nothing, where the help was printed
+        sys.exit(f"CourseError: {found} Try --help." if found else 0)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from course_lib.alpaca import Record
 from course_lib.runtime import CourseError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100
 
@@ -204,9 +204,9 @@ def check_ids(
         raise CourseError(f"token id {out} is beyond the model's {rows} embeddings: {advice}")
 
 
-def most_positions(model: "PreTrainedModel") -> float:
+def most_positions(model: "PreTrainedModel | PreTrainedConfig") -> float:
     """How many tokens the model can read at once; infinite where its config names no limit."""
-    config = model.config.get_text_config()
+    config = getattr(model, "config", model).get_text_config()
     names = ("max_position_embeddings", "max_seq_len")
     limits = (getattr(config, name, None) for name in names)
     return next((limit for limit in limits if isinstance(limit, int)), math.inf)

@@ -7,8 +7,8 @@ aside for them, and `activation_bytes` counts what a forward pass really keeps.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -16,6 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from course_lib.runtime import CourseError, quiet_transformers
 from course_lib.surgery import check_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,21 @@ def training_bytes(parameters: int, bill: str) -> int:
     return parameters * BILLS[bill].bytes_per_parameter
 
 
+def kv_cache_bytes(config: "PreTrainedConfig", batch: int, length: int, bytes_each: int = 2) -> int:
+    """Bytes of the keys and values of `batch` rows of `length` tokens, in every block.
+
+    >>> from transformers import LlamaConfig
+    >>> kv_cache_bytes(LlamaConfig(), batch=1, length=1)  # LLaMA-7B's shape, 16 bits
+    524288
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    if getattr(text, "multi_query", False):  # Falcon-7B: one head for all
+        heads = 1
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * width * batch * length * bytes_each
+
+
 def stored_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of a model's weights and, of quantised ones, their constants: of its linear layers, of
     its embeddings (with a head that shares them), and of the rest, such as an adapter.
@@ -111,7 +129,7 @@ def checkpoint_blocks(model: nn.Module, count: int) -> None:
     gradients as before. Paper: Chen et al. 2016, arXiv 1604.06174. transformers' own switch takes
     all blocks, or every n-th.
     """
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     if type(count) is not int or not 0 <= count <= len(blocks):
         raise CourseError(
             f"count={count!r} blocks cannot be checkpointed, expected a whole number in "
@@ -126,8 +144,32 @@ def checkpoint_blocks(model: nn.Module, count: int) -> None:
             module.gradient_checkpointing = module in blocks[:count]
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformers model, in order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+class Kept:
+    """Pieces of memory, each counted once; the weights of `model` count nothing. Those without
+    memory, of the meta device, are told apart, too.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.weights = [weight.untyped_storage() for weight in model.parameters()]
+        # held until all are counted, so that no other one gets its place
+        self.storages = {id(storage): storage for storage in self.weights}
+        self.bytes = 0
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Count it nothing, as the weights."""
+        storage = tensor.untyped_storage()
+        self.storages.setdefault(id(storage), storage)
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) not in self.storages:
+            self.storages[id(storage)] = storage
+            self.bytes += storage.nbytes()
 
 
 def activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
@@ -138,14 +180,10 @@ def activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[T
     model keeps its inputs where autograd does not show them, so the inputs of all such blocks count
     as well, checkpointed or not.
     """
-    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+    kept = Kept(model)
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            # held until all are counted, so that no other one gets its address
-            kept[storage.data_ptr()] = storage
+        kept.add(tensor)
         return tensor
 
     def keep_inputs(block: nn.Module, unnamed: tuple, named: dict) -> None:
@@ -155,7 +193,7 @@ def activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[T
                     keep(part)
 
     hooks = [
-        block.register_forward_pre_hook(keep_inputs, with_kwargs=True) for block in _blocks(model)
+        block.register_forward_pre_hook(keep_inputs, with_kwargs=True) for block in blocks_of(model)
     ]
     try:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -163,4 +201,4 @@ def activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[T
     finally:
         for hook in hooks:
             hook.remove()
-    return result, sum(storage.nbytes() for storage in kept.values())
+    return result, kept.bytes

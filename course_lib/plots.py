@@ -87,8 +87,16 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]], title: str) -> "Axes"
     return axes
 
 
-def plot_bills(bills: Mapping[str, Mapping[str, float]], title: str) -> "Axes":
-    """Stacked bars of memory. bills: recipe -> part -> gigabytes (10^9 bytes)."""
+def plot_bills(
+    bills: Mapping[str, Mapping[str, float]],
+    title: str,
+    room: float | None = None,
+    most: float | None = None,
+) -> "Axes":
+    """Stacked bars of memory. bills: recipe -> part -> gigabytes (10^9 bytes).
+
+    room: what there is, as a line; most: where bars that are longer are cut
+    """
     axes = _axes(title)
     parts = list(next(iter(bills.values())))
     left = [0.0] * len(bills)
@@ -96,10 +104,15 @@ def plot_bills(bills: Mapping[str, Mapping[str, float]], title: str) -> "Axes":
         widths = [row[part] for row in bills.values()]
         axes.barh(list(bills), widths, left=left, color=color, label=part)
         left = [start + width for start, width in zip(left, widths, strict=True)]
+    end = most or max(left)
     for row, total in enumerate(left):
-        axes.text(total, row, f" {total:.1f}", va="center", color=INK)
+        axes.text(min(total, end), row, f" {total:.1f}", va="center", color=INK)
+    if room is not None:
+        axes.axvline(room, color=MUTED, linestyle="--")
     axes.invert_yaxis()
-    axes.set(xlabel="GB", xlim=(0, 1.12 * max(left)))
+    axes.set(xlabel="GB", xlim=(0, 1.12 * end))
+    if most is not None:
+        axes.axvspan(end, 1.12 * end, color="white", zorder=1.5)
     axes.legend(frameon=False, ncols=len(parts), loc="upper center", bbox_to_anchor=(0.5, -0.18))
     return axes
 

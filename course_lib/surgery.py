@@ -357,16 +357,19 @@ def empty_model(source: "PreTrainedConfig | Path | str") -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM
 
-    config = _read_config(str(source)) if isinstance(source, str | Path) else source
+    config = read_config(str(source)) if isinstance(source, str | Path) else source
     try:
         with torch.device("meta"), quiet_transformers():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError as error:
+    except (ValueError, ArithmeticError, RuntimeError, TypeError) as error:  # no numbers of a model
         found = f"a {type(config).__name__} makes no causal language model ({first_line(error)})"
         raise CourseError(f"{found}: give the transformers config of one") from None
 
 
-def _read_config(name: str) -> "PreTrainedConfig":
+def read_config(name: str) -> "PreTrainedConfig":
+    """The config of a course model, of a folder, or of a Hub id, of which only config.json is read.
+    Raises CourseError if it cannot be had or read.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -390,7 +393,7 @@ def _read_config(name: str) -> "PreTrainedConfig":
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except CourseError:
         raise
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, ArithmeticError, TypeError, StrictDataclassError) as error:
         raise CourseError(
             f"the config of {name!r} cannot be used ({first_line(error)}): give a transformers "
             "config"

@@ -4,13 +4,14 @@ wrong ones as a learner writes them get the sentence that helps.
 That each listed mistake has its own sentence is in tests/test_checks.py.
 """
 
+from dataclasses import replace
 from statistics import NormalDist
 
 import pytest
 import torch
 from torch import nn
 
-from course_lib import qlora
+from course_lib import planner, qlora
 from course_lib.checks import diagnosis, find
 
 
@@ -89,6 +90,15 @@ def bits_of_a_large_block(block_size, second_block):
     return (4 * weights + 8 * second_block + 32) / weights
 
 
+def knob_in_a_loop(recipe, knobs, room):
+    if planner.bill(recipe).total <= room:
+        return "none"
+    for name in knobs:
+        if max(one.total for one in planner.bills(replace(recipe, **knobs[name]))) <= room:
+            return name
+    return None
+
+
 @pytest.mark.parametrize(
     ("name", "function"),
     [
@@ -103,6 +113,7 @@ def bits_of_a_large_block(block_size, second_block):
         ("E4.4", forward_row_by_row),
         ("E4.5", was_quantized_by_sets),
         ("E4.6", bits_of_a_large_block),
+        ("E4.7", knob_in_a_loop),
     ],
 )
 def test_a_right_function_passes_in_every_style(name, function):

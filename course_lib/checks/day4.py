@@ -1,18 +1,20 @@
 """The exercises of Day 4, in the order of the notebook: the core, which quantises blocks, finds the
 levels of NF4, packs two codes to a byte and computes with what was packed, under LoRA; then a look
-at weights that were quantised before, and a count of bits.
+at weights that were quantised before, a count of bits, and the knob that makes a training fit.
 
 The letters: `codes` (n,) are places in `levels` (16,), which ascend from -1 to 1; `absmax`
 (blocks,) is the largest absolute value of each block. No weight of a case lies at the middle
 between two levels.
 """
 
+from dataclasses import replace
 from functools import partial
 from statistics import NormalDist
 
 import torch
 from torch import Generator, Tensor
 
+from course_lib import planner
 from course_lib.checks import Exercise, known
 from course_lib.checks.day3 import reached
 
@@ -596,4 +598,86 @@ EXERCISES["E4.6"] = Exercise(
     ),
     otherwise="found {found:g} bits, expected {expected:g}: 4 for the code, and a weight's share "
     "of 8 for each absmax and of 32 for each block of absmax",
+)
+
+
+# --- E4.7 The one knob
+
+
+def bytes_of(recipe, changes=None):
+    return planner.bill(replace(recipe, **(changes or {}))).total
+
+
+def knob(recipe, knobs, room, fits=lambda total, room: total <= room, as_it_is="none"):
+    """fits: the comparison; as_it_is: what is returned if nothing needs to be turned."""
+    if as_it_is and fits(bytes_of(recipe), room):
+        return as_it_is
+    found = (name for name in knobs if fits(bytes_of(recipe, knobs[name]), room))
+    return next(found, None)
+
+
+def knob_of_the_largest_saving(recipe, knobs, room):
+    if bytes_of(recipe) <= room:
+        return "none"
+    best = min(knobs, key=lambda name: bytes_of(recipe, knobs[name]))
+    return best if bytes_of(recipe, knobs[best]) <= room else None
+
+
+def knobs_one_after_the_other(recipe, knobs, room):
+    if bytes_of(recipe) <= room:
+        return "none"
+    for name, changes in knobs.items():
+        recipe = replace(recipe, **changes)
+        if bytes_of(recipe) <= room:
+            return name
+    return None
+
+
+def first_knob_that_saves(recipe, knobs, room):
+    if bytes_of(recipe) <= room:
+        return "none"
+    return next((name for name in knobs if bytes_of(recipe, knobs[name]) < bytes_of(recipe)), None)
+
+
+def knob_by_activations(recipe, knobs, room):
+    changes = {"none": {}} | knobs
+    bills = {name: planner.bill(replace(recipe, **some)) for name, some in changes.items()}
+    return next((name for name, bill in bills.items() if bill.activations <= room), None)
+
+
+TRAINING = planner.Recipe("tiny", "lora", batch=8, length=512, dtype="float32")
+MILD = {"half the length": {"length": 256}, "batch 1": {"batch": 1}}
+KNOBS = {"checkpointing": {"checkpointing": True}} | MILD
+BETWEEN = (bytes_of(TRAINING, KNOBS["checkpointing"]) + bytes_of(TRAINING, KNOBS["batch 1"])) // 2
+EXERCISES["E4.7"] = Exercise(
+    lambda recipe, knobs, room: knob(recipe, knobs, room),
+    [
+        (TRAINING, KNOBS, bytes_of(TRAINING)),
+        (TRAINING, KNOBS, bytes_of(TRAINING) - 1),
+        (TRAINING, MILD, bytes_of(TRAINING, MILD["half the length"])),
+        (TRAINING, MILD | KNOBS, bytes_of(TRAINING, KNOBS["checkpointing"])),
+        (TRAINING, KNOBS, BETWEEN),
+        (TRAINING, dict([*KNOBS.items()][:2]), BETWEEN),
+        (TRAINING, KNOBS, 10**6),
+    ],
+    known(
+        "{room} bytes are enough for {room} bytes: compare with <=",
+        partial(knob, fits=lambda total, room: total < room),
+        "the recipe may fit as it is: then nothing needs to be turned, return 'none'",
+        partial(knob, as_it_is=None),
+        "you return the knob that saves most: the first one that is enough does less harm",
+        knob_of_the_largest_saving,
+        "you turn one knob after the other and keep them turned: begin with `recipe` for each",
+        knobs_one_after_the_other,
+        "you return the first knob that saves something: it must be enough, too",
+        first_knob_that_saves,
+        "you compare one part of the bill: all of it must fit, its `total`",
+        knob_by_activations,
+        "you return the last knob that is enough: the order says what does less harm",
+        lambda recipe, knobs, room: knob(recipe, dict(reversed(knobs.items())), room),
+        "you compare the wrong way round: what fits has at most {room} bytes",
+        partial(knob, fits=lambda total, room: total >= room),
+    ),
+    otherwise="found {found!r}, expected {expected!r}: the first of {knobs} with which the bill is "
+    "at most {room}",
 )
