@@ -291,25 +291,32 @@ def knobs(recipe: Recipe) -> list[Knob]:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Plans beside peaks that were measured: relative errors, and the run with the worst one."""
+    """Plans beside peaks that were measured: relative errors, and the run with the worst one.
+
+    kept: bytes by which the same processes were larger at most with their allocator as it is
+    """
 
     errors: list[float]
     worst: str
+    kept: int
 
     def __str__(self) -> str:
         least, most = min(self.errors), max(self.errors)
         return (
             f"beside {len(self.errors)} trainings measured on a CPU, such plans were off by "
-            f"{least:+.0%} to {most:+.0%} (worst: {self.worst})"
+            f"{least:+.0%} to {most:+.0%} (worst: {self.worst}); up to {gb(self.kept)} that an "
+            "allocator keeps for later come on top"
         )
 
 
 def accuracy() -> Accuracy:
     """The errors of plans for the runs of data/measured/memory_peaks.json."""
     runs = experiments.read("memory_peaks").outcomes
+    as_they_are = experiments.read("memory_peaks_as_they_are").outcomes
     errors = [bill(recipe_of(run)).total / run.peak_bytes - 1 for run in runs]
     worst = max(zip(map(abs, errors), runs, strict=True), key=lambda pair: pair[0])[1]
-    return Accuracy(errors, worst.label)
+    kept = [other.peak_bytes - run.peak_bytes for run, other in zip(runs, as_they_are, strict=True)]
+    return Accuracy(errors, worst.label, max(kept))
 
 
 def recipe_of(run: "experiments.Outcome") -> Recipe:
