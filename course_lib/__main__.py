@@ -60,11 +60,12 @@ def plan(
     gpu: Annotated[str, typer.Option(help="a known GPU, its memory in GB, or cpu")],
     method: Annotated[str, typer.Option(help="full, lora, qlora, adalora, prefix, ...")] = "qlora",
     batch: Annotated[int, typer.Option(help="rows at a time, without accumulation")] = 1,
-    length: Annotated[int, typer.Option(help="tokens of the longest row")] = 512,
+    length: Annotated[int | None, typer.Option(help="of the longest row; 512 without data")] = None,
     checkpointing: Annotated[bool, typer.Option(help="compute activations twice")] = False,
     optimizer: Annotated[str, typer.Option(help="adamw, adamw-8bit, paged-adamw, sgd")] = "adamw",
     size: Annotated[int | None, typer.Option(help="a rank, tokens or a width")] = None,
     dtype: Annotated[str | None, typer.Option(help="of the base; float16, on CPUs float32")] = None,
+    accumulate: Annotated[int, typer.Option(help="batches before a step")] = 1,
     shards: Annotated[int, typer.Option(help="GPUs that share the weights")] = 1,
     data: Annotated[
         Path | None, typer.Option(help="a file of records: takes length from it")
@@ -74,23 +75,30 @@ def plan(
     from course_lib import planner
 
     cpu = gpu.strip().lower() == "cpu"
+    supervised = 1.0
     if data is not None:
+        if length is not None:
+            raise CourseError("found a length and data, which has one: give one of the two")
         lengths = planner.lengths_of(data)
-        length = lengths.longest
-        print(lengths)
+        length, supervised = lengths.longest, lengths.supervised
     recipe = planner.Recipe(
         model,
         method,
         batch,
-        length,
+        512 if length is None else length,
         checkpointing,
         optimizer,
         size,
         dtype=dtype or ("float32" if cpu else "float16"),
+        supervised=supervised,
         shards=shards,
+        accumulate=accumulate,
         framework=planner.FRAMEWORK_CPU if cpu else planner.FRAMEWORK_GPU,
     )
-    print(planner.report(recipe, gpu))
+    report = planner.report(recipe, gpu)
+    if data is not None:
+        print(lengths)
+    print(report)
 
 
 def main() -> None:

@@ -209,7 +209,7 @@ def most_positions(model: "PreTrainedModel | PreTrainedConfig") -> float:
     config = getattr(model, "config", model).get_text_config()
     names = ("max_position_embeddings", "max_seq_len")
     limits = (getattr(config, name, None) for name in names)
-    return next((limit for limit in limits if isinstance(limit, int)), math.inf)
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), math.inf)
 
 
 def check_examples(

@@ -20,9 +20,11 @@ from course_lib import adalora, lora, memory, shapes, surgery
 from course_lib.runtime import CourseError, first_line, quiet_transformers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-MOST_BLOCKS = 1000
+MOST_BLOCKS = 200
+NOT_DENSE = ("experts", "mamba", "ssm")  # in the name of a setting
+PRODUCTS = (linear, torch.matmul, Tensor.matmul, torch.addmm)  # addmm: GPT-2's Conv1D
 PROBE = 16  # tokens that pass; what is kept grows in proportion
 
 
@@ -31,9 +33,10 @@ class Shape:
     """What a method makes of a model: numbers of weights, and bytes for each token.
 
     base: weights of the model itself; linear: of them, those of the layers that QLoRA quantises
-    trained: weights that train in each block, and trained_outside of the blocks; tied: of them,
-        those that are embeddings and head
-    kept: for the backward pass, in each block; inputs: the same of a checkpointed one; outside:
+    trained: weights that train in each block, and trained_outside of the blocks; embeddings: of
+        them, those of the input, which are the head if `tied`
+    kept: for the backward pass, in each block, and pairs: for each token of a row and each other;
+        inputs: the same of a checkpointed one; outside:
         before the first block and after the last
     widest: the widest layer of a block; largest: weights of the largest one
     """
@@ -42,8 +45,10 @@ class Shape:
     linear: int
     trained: tuple[int, ...]
     trained_outside: int
-    tied: int
+    embeddings: int
+    tied: bool
     kept: tuple[float, ...]
+    pairs: float
     inputs: tuple[float, ...]
     outside: float
     vocabulary: int
@@ -70,10 +75,7 @@ def shape_of(
     Raises CourseError for models whose forward pass needs numbers.
     """
     config = shapes.config_of(name)
-    blocks_named = getattr(config.get_text_config(), "num_hidden_layers", 1)
-    if not 1 <= blocks_named <= MOST_BLOCKS:
-        found = f"{name} has {blocks_named:,} blocks"
-        raise CourseError(f"{found}, expected 1 to {MOST_BLOCKS:,}: correct its config.json")
+    _check(config, name)
     model = surgery.empty_model(config).to(dtype).train()
     blocks, head = memory.blocks_of(model), model.get_output_embeddings()
     if not blocks or head is None:
@@ -84,18 +86,24 @@ def shape_of(
     layer_shapes = [surgery.layer_shape(layer) for layer in layers]
     sizes = [d_out * d_in for d_out, d_in in layer_shapes]
     trained, trained_outside, beside = _put_in(model, blocks, method, size, targets)
+    embeddings = model.get_input_embeddings().weight
     try:
-        kept, inputs, outside = _kept(model, blocks, autocast, padded)
-    except Exception as error:  # whatever a model does that needs numbers, such as routing tokens
+        kept, pairs, inputs, outside = _kept(model, blocks, autocast, padded)
+    except Exception as error:  # whatever a model does that needs numbers
         found = f"a {type(model).__name__} cannot run on shapes alone ({first_line(error)})"
-        raise CourseError(f"{found}: plan for a model whose blocks are dense") from None
+        raise CourseError(f"{found}: plan for a model of another family") from None
+    if pairs is None:
+        found = f"a {type(model).__name__} does not call torch's attention once a block"
+        raise CourseError(f"{found}, so it cannot be counted: plan for one of another family")
     return Shape(
         base=base,
         linear=sum(sizes),
         trained=trained,
         trained_outside=trained_outside,
-        tied=_tied(model),
+        embeddings=embeddings.numel() if embeddings.requires_grad else 0,
+        tied=embeddings is head.weight,
         kept=tuple(count + beside for count in kept),
+        pairs=pairs,
         inputs=inputs,
         outside=outside,
         vocabulary=head.weight.shape[0],
@@ -104,10 +112,17 @@ def shape_of(
     )
 
 
-def _tied(model: "PreTrainedModel") -> int:
-    weight = model.get_input_embeddings().weight
-    is_head = weight is model.get_output_embeddings().weight
-    return weight.numel() if is_head and weight.requires_grad else 0
+def _check(config: "PreTrainedConfig", name: str) -> None:
+    """Raise CourseError for a config of a model that is not counted."""
+    text = config.get_text_config()
+    blocks = getattr(text, "num_hidden_layers", 1)
+    if not 1 <= blocks <= MOST_BLOCKS:
+        found = f"{name} has {blocks:,} blocks"
+        raise CourseError(f"{found}, expected 1 to {MOST_BLOCKS:,}: correct its config.json")
+    for key, value in text.to_dict().items():
+        if value not in (None, 0, 1) and any(part in key for part in NOT_DENSE):
+            found = f"{name} has {key}={str(value)[:40]}, and only dense blocks are counted"
+            raise CourseError(f"{found}: plan for a model without experts or state spaces")
 
 
 def _put_in(
@@ -144,8 +159,7 @@ def _counted(
     """
     config = model.config.get_text_config()
     width = config.hidden_size
-    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    kv = head * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    kv = memory.kv_cache_bytes(config, 1, 1, 1) // (2 * blocks)
     inner = getattr(config, "intermediate_size", None) or 4 * width
     model.requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(
@@ -170,11 +184,17 @@ class _AsOnGpu(TorchFunctionMode):
     def __init__(self, kept: memory.Kept, dtype: torch.dtype | None, padded: bool):
         super().__init__()
         self.kept, self.dtype, self.padded = kept, dtype, padded
+        self.calls, self.pairs = 0, 0.0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is scaled_dot_product_attention:
-            return _Attention.apply(*args[:3], self.padded)
-        if self.dtype is not None and function in (linear, torch.matmul, Tensor.matmul):
+            q, k, v = args[:3]
+            self.calls += 1
+            if q.shape[1] != k.shape[1] and not (kwargs or {}).get("enable_gqa"):
+                self.pairs += q.shape[1] * q.element_size()  # no fused kernel takes it (Falcon-7B)
+            self.pairs += q.element_size() if self.padded else 0  # the mask
+            return _Attention.apply(q, k, v, self.padded)
+        if self.dtype is not None and function in PRODUCTS:
             args = [self._cast(one) if isinstance(one, Tensor) else one for one in args]
         return function(*args, **(kwargs or {}))
 
@@ -203,11 +223,12 @@ class _Attention(torch.autograd.Function):
 
 def _kept(
     model: nn.Module, blocks: list[nn.Module], autocast: torch.dtype | None, padded: bool
-) -> tuple[tuple[float, ...], tuple[float, ...], float]:
-    """Bytes for each token that a forward pass keeps: of each block, of each block's input, and of
-    what is before and after the blocks.
+) -> tuple[tuple[float, ...], float | None, tuple[float, ...], float]:
+    """Bytes for each token that a forward pass keeps: of each block; for each pair of tokens, None
+    if attention is not torch's; of each block's input; of what is before and after the blocks.
     """
     kept, at = memory.Kept(model), []
+    as_on_gpu = _AsOnGpu(kept, autocast, padded)
 
     def keep(tensor: Tensor) -> Tensor:
         kept.add(tensor)
@@ -229,10 +250,11 @@ def _kept(
     ids = torch.zeros(1, PROBE, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, PROBE, PROBE, device="meta")  # as it is, since it has four dimensions
     with (
-        _AsOnGpu(kept, autocast, padded),
+        as_on_gpu,
         saved_tensors_hooks(keep, lambda tensor: tensor),
         quiet_transformers(),
     ):
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     in_blocks = [(end - start) / PROBE for start, end in zip(at[::2], at[1::2], strict=True)]
-    return tuple(in_blocks), tuple(inputs), kept.bytes / PROBE - sum(in_blocks)
+    pairs = as_on_gpu.pairs / len(blocks) if as_on_gpu.calls == len(blocks) else None
+    return tuple(in_blocks), pairs, tuple(inputs), kept.bytes / PROBE - sum(in_blocks)

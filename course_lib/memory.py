@@ -93,7 +93,9 @@ def kv_cache_bytes(config: "PreTrainedConfig", batch: int, length: int, bytes_ea
     """
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    if getattr(text, "multi_query", False):  # Falcon-7B: one head for all
+    if getattr(text, "new_decoder_architecture", False):  # Falcon-40B
+        heads = text.num_kv_heads
+    elif getattr(text, "multi_query", False):  # Falcon-7B: one head for all
         heads = 1
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * text.num_hidden_layers * heads * width * batch * length * bytes_each

@@ -12,7 +12,6 @@ each moment of a step follows, and the peak is the largest of them:
 docs/memory.md says how each term is counted, and how far plans are from measured peaks.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -55,6 +54,7 @@ WIDEST_GRADIENTS = 3  # gradients as wide as the widest layer that a block's bac
 FRAMEWORK_GPU = 500_000_000  # the context of CUDA, and kernels; not measured by this course
 FRAMEWORK_CPU = 400_000_000  # Python, torch and transformers, after the first step
 BITSANDBYTES = 50_000_000  # on a CPU; taken for GPUs, too
+MARGIN = 1.1  # plans were up to a tenth below what was measured on a GPU
 BAR, KNOBS = 32, 3  # characters of the longest bar, knobs in a report
 LONGEST = 2**20  # tokens: neither a batch nor a length above it is looked for
 
@@ -70,6 +70,7 @@ class Recipe:
     shards: GPUs that share weights, gradients and states (FSDP's full sharding, ZeRO stage 3)
     autocast: products in dtype where `trained` is another, as in `course_lib.finetune`
     fused: the optimizer's step needs no copy of the weights, as in `course_lib.finetune`
+    accumulate: batches whose gradients are added up before a step of the optimizer
     framework: bytes of libraries and the GPU's context, on top
     """
 
@@ -87,6 +88,7 @@ class Recipe:
     shards: int = 1
     autocast: bool = True
     fused: bool = True
+    accumulate: int = 1
     framework: int = FRAMEWORK_GPU
 
     def __post_init__(self) -> None:
@@ -94,7 +96,7 @@ class Recipe:
         shapes.one_of("optimizer", self.optimizer, STATES)
         for name in (self.dtype, self.trained):
             shapes.one_of("dtype", name, SIZES)
-        for name in ("batch", "length", "size", "shards"):
+        for name in ("batch", "length", "size", "shards", "accumulate"):
             value, most = getattr(self, name), LONGEST
             if not (name == "size" and value is None) and (
                 type(value) is not int or not 1 <= value <= most
@@ -110,6 +112,11 @@ class Recipe:
         return self.autocast and self.trained != self.dtype
 
     @property
+    def prompt(self) -> int:
+        """Tokens that the method puts before the text."""
+        return self.size_in_use if self.method == "prompt" else 0
+
+    @property
     def size_in_use(self) -> int:
         return self.size or METHODS[self.method][2] or 0
 
@@ -117,10 +124,11 @@ class Recipe:
         label, what, _ = METHODS[self.method]
         of_size = f" ({what} {self.size_in_use})" if what else ""
         kept = ", checkpointing" if self.checkpointing else ""
-        shared = f", {self.shards} GPUs" if self.shards > 1 else ""
+        parts = f" x {self.accumulate}" if self.accumulate > 1 else ""
+        shared = f" on each of {self.shards} GPUs" if self.shards > 1 else ""
         return (
-            f"{self.model}, {label}{of_size}, {self.optimizer}, batch {self.batch} of "
-            f"{self.length:,} tokens, {self.dtype}{kept}{shared}"
+            f"{self.model}, {label}{of_size}, {self.optimizer}, batch {self.batch}{parts} of "
+            f"{self.length:,} tokens{shared}, {self.dtype}{kept}"
         )
 
 
@@ -160,40 +168,40 @@ def bills(recipe: Recipe) -> list[Bill]:
     """The bills of the moments of a step, in their order."""
     shape, size = _shape(recipe), SIZES[recipe.dtype]
     share = SIZES[recipe.trained] / recipe.shards
-    trained, copies = trained_weights(recipe), _copies(recipe)
-    prompt = recipe.size_in_use if recipe.method == "prompt" else 0
-    tokens = recipe.batch * (recipe.length + prompt)
-    labels = recipe.batch * recipe.length * recipe.supervised
-    kept = [count * tokens for count in (shape.inputs if recipe.checkpointing else shape.kept)]
-    held = sum(kept) + shape.outside * tokens
-    moments = [
-        ("start of the backward pass", 0, held, LOGIT_BYTES * shape.vocabulary * labels, copies)
-    ]
-    gradients = shape.trained_outside * share  # the head's, or those of tied embeddings
+    trained, always = trained_weights(recipe), _always(recipe)
+    tokens = recipe.batch * (recipe.length + recipe.prompt)
+    whole = [(count + shape.pairs * recipe.length) * tokens for count in shape.kept]
+    kept = [count * tokens for count in shape.inputs] if recipe.checkpointing else whole
+    casts = [count * size * recipe.mixed for count in shape.trained]  # autocast's, of the weights
+    found = []
+
+    def note(moment: str, **terms: float) -> None:
+        found.append(Bill(moment, **always, **{name: int(count) for name, count in terms.items()}))
+
+    # gradients: of an earlier batch all are there; else those that the backward pass has made
+    gradients = trained * share if recipe.accumulate > 1 else 0.0
+    grows = share if recipe.accumulate == 1 else 0.0
+    held, passing = sum(kept) + shape.outside * tokens, _passing(recipe)
+    logits = LOGIT_BYTES * shape.vocabulary * recipe.batch * recipe.length * recipe.supervised
+    work = passing + _sharded(sum(casts), recipe)
+    terms = {"gradients": gradients, "activations": held, "logits": logits, "work": work}
+    note("start of the backward pass", **terms)
+    gradients += grows * (shape.trained_outside - (0 if shape.tied else shape.embeddings))
     for number in reversed(range(len(kept))):
-        work = WIDEST_GRADIENTS * shape.widest * size * tokens
-        if recipe.checkpointing:
-            work += shape.kept[number] * tokens
-        moments.append((f"backward pass of block {number + 1}", gradients, held, 0, copies + work))
+        work = passing + WIDEST_GRADIENTS * shape.widest * size * tokens
+        work += _sharded(sum(casts[: number + 1]), recipe)
+        work += whole[number] if recipe.checkpointing else 0
+        moment = f"backward pass of block {number + 1}"
+        note(moment, gradients=gradients, activations=held, logits=0, work=work)
         held -= kept[number]
-        gradients += shape.trained[number] * share
-    # tied: that of the head waits, the other comes, and their sum is a third one
-    moments.append(("backward pass of the embeddings", gradients, 0, 0, 2 * shape.tied * share))
-    moments.append(
-        ("step of the optimizer", gradients, 0, 0, 0 if recipe.fused else trained * share)
-    )
-    always = _always(recipe)
-    return [
-        Bill(
-            moment,
-            gradients=int(gradients),
-            activations=int(activations),
-            logits=int(logits),
-            work=int(work),
-            **always,
-        )
-        for moment, gradients, activations, logits, work in moments
-    ]
+        gradients += grows * shape.trained[number]
+    # tied: the gradient of the head waits, the other comes, and their sum is a third one
+    work = 2 * shape.embeddings * share if shape.tied else 0
+    moment = "backward pass of the embeddings"
+    note(moment, gradients=trained * share, activations=0, logits=0, work=work)
+    copies = 0 if recipe.fused else trained * share
+    note("step of the optimizer", gradients=trained * share, activations=0, logits=0, work=copies)
+    return found
 
 
 def _always(recipe: Recipe) -> dict[str, int]:
@@ -212,14 +220,18 @@ def _always(recipe: Recipe) -> dict[str, int]:
     }
 
 
-def _copies(recipe: Recipe) -> float:
-    """Copies of weights in a forward and a backward pass: autocast's, a block that sharding
-    gathers, one that is dequantised.
-    """
+def _sharded(casts: float, recipe: Recipe) -> float:
+    """Casts of sharded weights exist for the gathered block alone, which `_passing` has."""
+    return casts if recipe.shards == 1 else 0.0
+
+
+def _passing(recipe: Recipe) -> float:
+    """Weights that exist in passing: those of a block that sharding gathers, one dequantised."""
     shape, size = _shape(recipe), SIZES[recipe.dtype]
-    copies = trained_weights(recipe) * size if recipe.mixed else 0
-    copies += shape.base / len(shape.kept) * size if recipe.shards > 1 else 0
-    return copies + (shape.largest * size if recipe.method == "qlora" else 0)
+    gathered = shape.base / len(shape.kept) * size if recipe.shards > 1 else 0.0
+    if recipe.method != "qlora":
+        return gathered
+    return shape.largest * size + gathered * qlora.bits_per_weight() / (8 * size)
 
 
 def trained_weights(recipe: Recipe) -> int:
@@ -273,7 +285,7 @@ def knobs(recipe: Recipe) -> list[Knob]:
         offer("activation checkpointing", costs, checkpointing=True)
     if batch > 1:
         costs = f"time: the same step in {batch} parts, with accumulate={batch}"
-        offer("batch 1", costs, batch=1)
+        offer("batch 1", costs, batch=1, accumulate=batch * recipe.accumulate)
     if length > 1:
         costs = "longer records are left out, or the tail is cut"
         offer(f"length {length // 2}", costs, length=length // 2)
@@ -304,8 +316,9 @@ class Accuracy:
         least, most = min(self.errors), max(self.errors)
         return (
             f"beside {len(self.errors)} trainings measured on a CPU, such plans were off by "
-            f"{least:+.0%} to {most:+.0%} (worst: {self.worst}); up to {gb(self.kept)} that an "
-            "allocator keeps for later come on top"
+            f"{least:+.0%} to {most:+.0%} (worst: {self.worst}), and up to {gb(self.kept)} that "
+            "the allocator keeps for later came on top; beside ten that peft's maintainers "
+            "measured on a GPU they were up to a tenth too low (docs/memory.md)"
         )
 
 
@@ -316,7 +329,7 @@ def accuracy() -> Accuracy:
     errors = [bill(recipe_of(run)).total / run.peak_bytes - 1 for run in runs]
     worst = max(zip(map(abs, errors), runs, strict=True), key=lambda pair: pair[0])[1]
     kept = [other.peak_bytes - run.peak_bytes for run, other in zip(runs, as_they_are, strict=True)]
-    return Accuracy(errors, worst.label, max(kept))
+    return Accuracy(errors, str(recipe_of(worst)), max(kept))
 
 
 def recipe_of(run: "experiments.Outcome") -> Recipe:
@@ -328,6 +341,8 @@ def recipe_of(run: "experiments.Outcome") -> Recipe:
         run.settings["length"],
         run.settings["checkpointing"],
         size=run.settings.get("rank"),
+        accumulate=run.settings.get("accumulate", 1),
+        supervised=run.settings.get("supervised", 1.0),
         dtype="float32",
         framework=FRAMEWORK_CPU,
     )
@@ -349,19 +364,22 @@ def largest_that_fits(recipe: Recipe, name: str, room: int) -> int:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the records of a file, as the course encodes them. tokenizer: whose tokens."""
+    """Tokens of the records of a file, as the course encodes them. supervised: the most that have
+    a label, as a share of the longest; tokenizer: whose tokens.
+    """
 
     path: Path
     records: int
     median: int
     longest: int
+    supervised: float
     tokenizer: str
 
     def __str__(self) -> str:
         return (
             f"{self.path}: {self.records:,} records, half of them up to {self.median:,} tokens, "
             f"the longest {self.longest:,}, in tokens of {self.tokenizer}; a larger vocabulary "
-            "makes fewer"
+            "makes fewer, of Chinese several times fewer"
         )
 
 
@@ -374,66 +392,74 @@ def lengths_of(path: Path | str) -> Lengths:
     path = Path(path).expanduser()
     records = alpaca.read_records(path).records
     tokenizer = AutoTokenizer.from_pretrained(models.tiny_folder(), local_files_only=True)
-    counts = sorted(
-        len(one) for one in batching.encode_records(records, tokenizer, LONGEST).examples
-    )
-    return Lengths(path, len(counts), counts[(len(counts) - 1) // 2], counts[-1], "tiny")
+    examples = batching.encode_records(records, tokenizer, LONGEST).examples
+    counts = sorted(map(len, examples))
+    labels = max(len(example.supervised_ids) for example in examples)
+    middle, longest = counts[(len(counts) - 1) // 2], counts[-1]
+    return Lengths(path, len(counts), middle, longest, labels / longest, "tiny")
 
 
 def report(recipe: Recipe, gpu: str) -> str:
     """What `python -m course_lib plan` prints: the verdict, the bill, what saves most, what fits,
     and how far plans are off.
     """
-    limit = batching.most_positions(shapes.config_of(recipe.model))
+    config, on_cpu = shapes.config_of(recipe.model), gpu.strip().lower() == "cpu"
+    limit = batching.most_positions(config) - recipe.prompt
     if recipe.length > limit:
         found = f"{recipe.model} reads at most {limit:,} tokens, found length={recipe.length:,}"
         raise CourseError(f"{found}: choose a shorter length or another model")
+    if on_cpu and recipe.optimizer == "paged-adamw":
+        raise CourseError("on a CPU there is nothing to page to: choose adamw")
+    if recipe.dtype == "bfloat16" and gpu.strip().lower() in shapes.NO_BF16:
+        raise CourseError(f"a {gpu} has no units for bfloat16 (capability below 8.0): use float16")
     room, peak = shapes.gpu_bytes(gpu), bill(recipe)
-    left = room - peak.total
-    verdict = f"It fits, {gb(left)} are left" if left >= 0 else f"It does not fit, {gb(-left)} over"
+    most = max(peak.rows().values())
     lines = [
         str(recipe),
-        f"{verdict}: {gb(peak.total)} at the peak, {gb(room)} on the {gpu}.",
+        f"{_verdict(peak.total, room)}: {gb(peak.total)} at the peak, {gb(room)} on the {gpu}.",
         "",
+        *(
+            f"  {name:<12}{gb(count):>10}  {'#' * round(BAR * count / most)}"
+            for name, count in peak.rows().items()
+            if count
+        ),
+        f"  (at its peak, the {peak.moment})",
+        "",
+        "What saves most:",
     ]
-    most = max(peak.rows().values())
-    lines += [
-        f"  {name:<12}{gb(count):>10}  {'#' * round(BAR * count / most)}"
-        for name, count in peak.rows().items()
-        if count
-    ]
-    lines += [f"  (at its peak, the {peak.moment})", "", "What saves most:"]
-    for knob in knobs(recipe)[:KNOBS]:
+    turned = [one for one in knobs(recipe) if not (on_cpu and "paged" in one.change)]
+    for knob in turned[:KNOBS]:
         then = bill(knob.recipe).total
-        fits = "fits" if then <= room else "does not fit"
-        saving = f"saves {gb(peak.total - then)}, {gb(then)} {fits}"
-        lines.append(f"  {knob.change}: {saving}; costs {knob.costs}")
-    at_most = {name: largest_that_fits(recipe, name, room) for name in ("batch", "length")}
-    if all(at_most.values()):
-        batch, length = at_most["batch"], min(at_most["length"], limit)
         lines.append(
-            f"Largest that fits: batch {batch:,} at {recipe.length:,} tokens, or {length:,} tokens "
-            f"at batch {recipe.batch:,}."
+            f"  {knob.change}: saves {gb(peak.total - then)}, then {gb(then)}; costs {knob.costs}"
         )
-    else:
-        lines.append("No batch and no length fits with these settings.")
-    cache = memory.kv_cache_bytes(
-        shapes.config_of(recipe.model), recipe.batch, recipe.length, SIZES[recipe.dtype]
-    )
-    lines.append(
-        f"Generating as many tokens afterwards needs a KV cache of {gb(cache)}, and no states."
-    )
-    on_gpu = "" if gpu.strip().lower() == "cpu" else "; this course has measured none on a GPU"
-    lines.append(f"How sure: {accuracy()}{on_gpu}.")
+    batch = largest_that_fits(recipe, "batch", int(room / MARGIN))
+    length = min(largest_that_fits(recipe, "length", int(room / MARGIN)), limit)
+    at_length = f"batch {batch:,} at {recipe.length:,} tokens" if batch else "no batch"
+    at_batch = f"{length:,} tokens at batch {recipe.batch:,}" if length else "no length"
+    lines.append(f"Largest that fits with a tenth to spare: {at_length}, or {at_batch}.")
+    cache = memory.kv_cache_bytes(config, recipe.batch, recipe.length, SIZES[recipe.dtype])
+    lines.append(f"Generating as many tokens afterwards takes {gb(cache)} for keys and values.")
+    lines.append(f"How sure: {accuracy()}.")
     return "\n".join(lines)
+
+
+def _verdict(total: int, room: int) -> str:
+    if total > room:
+        return f"It does not fit, {gb(total - room)} over"
+    if total * MARGIN > room:
+        return f"It may fit, {gb(room - total)} left is less than plans can be off"
+    return f"It fits, {gb(room - total)} left"
 
 
 def gb(count: float) -> str:
     """Bytes for readers: three digits, in GB or MB.
 
-    >>> gb(4_210_000_000), gb(36_715_216)
-    ('4.21 GB', '36.7 MB')
+    >>> gb(4_210_000_000), gb(36_715_216), gb(999_900_000), gb(0)
+    ('4.21 GB', '36.7 MB', '1.00 GB', '0.00 MB')
     """
-    unit, size = ("GB", 1e9) if abs(count) >= 1e9 else ("MB", 1e6)
-    digits = max(0, 2 - int(math.log10(max(abs(count) / size, 1))))
-    return f"{count / size:,.{digits}f} {unit}"
+    unit, value = "MB", float(f"{count / 1e6:.3g}")
+    if value >= 1000:
+        unit, value = "GB", float(f"{count / 1e9:.3g}")
+    digits = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:,.{digits}f} {unit}"

@@ -5,6 +5,7 @@ number of weights it makes (tests/test_shapes.py), which the models' own pages p
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 GIB = 2**30
+LONGEST_NAME = 200
+MOST_GB = 1000  # of a card; a larger number is part of a name
+NO_BF16 = ("t4", "p100", "v100")  # capability below 8.0
 
 # family, vocabulary, width, feed-forward width, blocks, heads, heads of keys and values, head tied,
 # and the tokens that it reads at once
@@ -82,14 +86,14 @@ def config_of(name: str) -> "PreTrainedConfig":
     known = SHAPES.get(name.lower())
     if known:
         return _made(*known)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(name).expanduser() if len(name) < LONGEST_NAME else None
+    if folder and folder.is_dir():
         return read_config(str(folder))
     if name in models.NAMES or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
         return read_config(name)
     raise CourseError(
-        f"model {name!r} is not known: {_nearest(name, [*SHAPES, 'tiny'])}, a folder with "
-        "config.json, or owner/name on the Hub"
+        f"model {name[:LONGEST_NAME]!r} is not known: {_nearest(name, [*SHAPES, 'tiny'])}, "
+        "a folder with config.json, or owner/name on the Hub"
     )
 
 
@@ -107,15 +111,12 @@ def gpu_bytes(gpu: str) -> int:
         return psutil.virtual_memory().total
     if name in GPUS:
         return int(GPUS[name] * GIB)
-    try:
-        gigabytes = float(name.removesuffix("gb"))
-    except ValueError:
-        raise CourseError(
-            f"GPU {gpu!r} is not known: {_nearest(name, GPUS)}, or its memory in GB, such as 24"
-        ) from None
-    if not 0.1 <= gigabytes <= 100_000:
-        raise CourseError(f"a GPU with {gpu} GB is none: give its memory in GB, such as 24")
-    return int(gigabytes * 1e9)
+    number = re.fullmatch(r"(\d+(\.\d+)?) ?(gb)?", name)
+    if number and 0.1 <= float(number[1]) <= MOST_GB:
+        return int(float(number[1]) * 1e9)
+    raise CourseError(
+        f"GPU {gpu!r} is not known: {_nearest(name, GPUS)}, or its memory in GB, such as 24"
+    )
 
 
 def one_of(kind: str, name: str, names: Iterable[str]) -> None:
@@ -126,9 +127,14 @@ def one_of(kind: str, name: str, names: Iterable[str]) -> None:
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-    names = list(names)
-    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
-    return f"the nearest are {', '.join(near)}" if near else f"expected one of {', '.join(names)}"
+    names, part = list(names), name.strip().lower()
+    near = [one for one in names if len(part) > 1 and part in one]
+    near += [
+        one for one in difflib.get_close_matches(part, names, n=3, cutoff=0.4) if one not in near
+    ]
+    return (
+        f"the nearest are {', '.join(near[:4])}" if near else f"expected one of {', '.join(names)}"
+    )
 
 
 def _made(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from course_lib import adalora, dryrun, lora, memory, surgery
 from course_lib.runtime import CourseError
@@ -72,7 +72,7 @@ def test_methods_that_are_counted_train_as_many_weights_as_their_formula_says(
     assert all(count > 0 for count in shape.kept)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3", "phi3", "gemma2", "olmo2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "phi3", "olmo2", "gpt_neox"])
 def test_any_dense_family_is_counted(family, tmp_path):
     AutoConfig.for_model(family).save_pretrained(tmp_path)
     shape = dryrun.shape_of(str(tmp_path), "lora", 8, ALL, torch.float16, torch.float16, True)
@@ -80,8 +80,60 @@ def test_any_dense_family_is_counted(family, tmp_path):
     assert len(set(shape.inputs)) == 1
 
 
-def test_a_model_that_routes_tokens_is_refused_in_one_line(tmp_path):
-    AutoConfig.for_model("mixtral", num_hidden_layers=2).save_pretrained(tmp_path)
-    with pytest.raises(CourseError, match="cannot run on shapes alone .*blocks are dense") as error:
-        dryrun.shape_of(str(tmp_path), "full", 0, ALL, torch.float32, None, True)
+def test_the_one_head_of_falcon_is_counted_once(tmp_path):
+    shape = dryrun.shape_of("falcon-7b", "prefix", 20, ALL, torch.float16, torch.float16, True)
+    assert sum(shape.trained) == 32 * 2 * 64 * 20
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_gpt2_whose_layers_are_conv1d_keeps_what_the_dry_run_counts(autocast, tmp_path):
+    config = AutoConfig.for_model("gpt2", n_layer=2, n_embd=64, n_head=4, vocab_size=320)
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        setattr(config, name, 0.0)
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config)
+    shape = dryrun.shape_of(str(tmp_path), "full", 0, ALL, torch.float32, autocast, True)
+    casts = 2 * sum(shape.trained) / 96 if autocast else 0
+    assert sum(shape.kept) + shape.outside == pytest.approx(
+        kept_by(model, autocast) - casts, rel=0.2
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "bamba"])
+def test_a_model_that_is_not_dense_is_refused_in_one_line(family, dtype, tmp_path):
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    with pytest.raises(CourseError, match="only dense blocks are counted") as error:
+        dryrun.shape_of(str(tmp_path), "full", 0, ALL, dtype, None, True)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gptj", "mpt", "gpt_neo"])
+def test_attention_that_is_not_torchs_is_refused_since_it_keeps_all_pairs(family, tmp_path):
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    with pytest.raises(CourseError, match="does not call torch's attention once a block"):
+        dryrun.shape_of(str(tmp_path), "full", 0, ALL, torch.float32, None, True)
+
+
+def test_pairs_of_tokens_are_counted_for_masks_and_where_no_fused_kernel_takes_the_heads():
+    def pairs(model, padded):
+        shape = dryrun.shape_of(model, "full", 0, ALL, torch.float16, torch.float16, padded)
+        return shape.pairs
+
+    assert pairs("llama-7b", False) == pairs("mistral-7b", False) == 0
+    assert pairs("llama-7b", True) == 2
+    assert pairs("falcon-7b", False) == 71 * 2
+
+
+@pytest.mark.parametrize("length", [64, 200])
+def test_a_padded_batch_keeps_masks_that_grow_with_the_square(tiny, length):
+    ids = torch.randint(5, 300, (4, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, length - 8 :] = 0
+    real = memory.activation_bytes(
+        tiny.model.train(),
+        lambda: tiny.model(input_ids=ids, attention_mask=mask, use_cache=False).logits,
+    )[1]
+    shape = dryrun.shape_of("tiny", "full", 0, ALL, torch.float32, None, True)
+    kept = sum(count + shape.pairs * length for count in shape.kept) + shape.outside
+    assert kept * ids.numel() == pytest.approx(real, rel=0.05)

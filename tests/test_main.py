@@ -99,6 +99,10 @@ def test_a_plan_takes_its_length_from_a_file(planned, tmp_path):
         (["--model", "tiny"], "CourseError: Missing option '--gpu'. Try --help."),
         (["--model", "/nowhere", "--gpu", "24"], "CourseError: model '/nowhere' is not known: "),
         (["--model", "tiny", "--gpu", "24", "--data", "none.json"], "DataError: "),
+        (
+            ["--model", "tiny", "--gpu", "24", "--data", "none.json", "--length", "8"],
+            "CourseError: found a length and data, which has one: give one of the two",
+        ),
         (["--model", "tiny", "--gpu", "24", "--modle", "x"], "CourseError: No such option"),
     ],
 )

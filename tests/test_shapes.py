@@ -66,7 +66,15 @@ def test_gpus_by_name_and_by_size():
     assert gpu_bytes("cpu") > 1e9
 
 
-@pytest.mark.parametrize("gpu", ["", "t44444", "a gpu", "-3", "0", "nan", "inf", "1e9"])
+@pytest.mark.parametrize(("gpu", "nearest"), [("4090", "rtx-4090"), ("a100", "a100-40, a100-80")])
+def test_a_part_of_a_gpus_name_is_no_number_of_gb(gpu, nearest):
+    with pytest.raises(CourseError, match=f"is not known: the nearest are {nearest}"):
+        gpu_bytes(gpu)
+
+
+@pytest.mark.parametrize(
+    "gpu", ["", "24_0", "2e3", "t44444", "a gpu", "-3", "0", "nan", "inf", "1e9"]
+)
 def test_a_gpu_that_is_none_is_refused_in_one_line(gpu):
     with pytest.raises(CourseError, match="its memory in GB, such as 24") as error:
         gpu_bytes(gpu)

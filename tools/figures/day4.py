@@ -32,7 +32,7 @@ def figures(notebook: Notebook) -> dict[str, Callable[[], Axes | bytes | str]]:
         "blocks": lambda: picture(notebook, "Smaller blocks: less error"),
         "curve": lambda: picture(notebook, "Your QLoRA: from"),
         "down": draw_down,
-        "bills": lambda: picture(notebook, "LoRA does not fit"),
+        "bills": lambda: picture(notebook, "Four bits shrink the weights, checkpointing"),
         "audit": lambda: picture(notebook, "At equal bits: Lloyd"),
     }
 
