@@ -128,7 +128,8 @@ class Recipe:
         shared = f" on each of {self.shards} GPUs" if self.shards > 1 else ""
         return (
             f"{self.model}, {label}{of_size}, {self.optimizer}, batch {self.batch}{parts} of "
-            f"{self.length:,} tokens{shared}, {self.dtype}{kept}"
+            f"{self.length:,} tokens{shared}, base {self.dtype}, "
+            f"trained {self.trained}{kept}"
         )
 
 
@@ -316,9 +317,10 @@ class Accuracy:
         least, most = min(self.errors), max(self.errors)
         return (
             f"beside {len(self.errors)} trainings measured on a CPU, such plans were off by "
-            f"{least:+.0%} to {most:+.0%} (worst: {self.worst}), and up to {gb(self.kept)} that "
-            "the allocator keeps for later came on top; beside ten that peft's maintainers "
-            "measured on a GPU they were up to a tenth too low (docs/memory.md)"
+            f"{least:+.0%} to {most:+.0%} (worst: {self.worst}), and on it up to {gb(self.kept)} "
+            "that the allocator keeps came on top; beside ten that peft's maintainers measured on "
+            "a GPU they were up to a tenth too low, and nothing was measured on a GPU for QLoRA, "
+            "checkpointing, paging or sharding (docs/memory.md)"
         )
 
 
@@ -431,12 +433,17 @@ def report(recipe: Recipe, gpu: str) -> str:
     for knob in turned[:KNOBS]:
         then = bill(knob.recipe).total
         lines.append(
-            f"  {knob.change}: saves {gb(peak.total - then)}, then {gb(then)}; costs {knob.costs}"
+            f"  {knob.change}: saves {gb(peak.total - then)}, then {gb(then)} "
+            f"{_word(then, room)}; costs {knob.costs}"
         )
     batch = largest_that_fits(recipe, "batch", int(room / MARGIN))
     length = min(largest_that_fits(recipe, "length", int(room / MARGIN)), limit)
-    at_length = f"batch {batch:,} at {recipe.length:,} tokens" if batch else "no batch"
-    at_batch = f"{length:,} tokens at batch {recipe.batch:,}" if length else "no length"
+    at_length = (
+        f"batch {batch:,} at {recipe.length:,} tokens" if batch else "no batch at this length"
+    )
+    at_batch = (
+        f"{length:,} tokens at batch {recipe.batch:,}" if length else "no length at this batch"
+    )
     lines.append(f"Largest that fits with a tenth to spare: {at_length}, or {at_batch}.")
     cache = memory.kv_cache_bytes(config, recipe.batch, recipe.length, SIZES[recipe.dtype])
     lines.append(f"Generating as many tokens afterwards takes {gb(cache)} for keys and values.")
@@ -450,6 +457,10 @@ def _verdict(total: int, room: int) -> str:
     if total * MARGIN > room:
         return f"It may fit, {gb(room - total)} left is less than plans can be off"
     return f"It fits, {gb(room - total)} left"
+
+
+def _word(total: int, room: int) -> str:
+    return _verdict(total, room).partition(",")[0].removeprefix("It ")
 
 
 def gb(count: float) -> str:

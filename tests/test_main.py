@@ -71,7 +71,7 @@ def planned(course, tmp_path):
 def test_a_plan_needs_no_network_for_a_known_model(planned):
     code, lines, _ = planned("--model", "yi-1.5-6b", "--method", "qlora", "--gpu", "t4")
     assert code == 0
-    assert lines[0].startswith("yi-1.5-6b, QLoRA (rank 16), adamw, batch 1 of 512 tokens, float16")
+    assert lines[0].startswith("yi-1.5-6b, QLoRA (rank 16), adamw, batch 1 of 512 tokens")
     assert lines[1].startswith("It fits, ")
     assert any(line.startswith("How sure: beside 48 trainings") for line in lines)
 
@@ -83,7 +83,7 @@ def test_a_plan_takes_its_length_from_a_file(planned, tmp_path):
     assert code == 0
     assert lines[0].startswith("mine.json: 1 records")
     longest = int(re.search(r"the longest (\d+)", lines[0])[1])
-    assert f"batch 1 of {longest} tokens, float32" in lines[1]
+    assert f"batch 1 of {longest} tokens, base float32" in lines[1]
 
 
 @pytest.mark.parametrize(

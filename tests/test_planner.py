@@ -297,7 +297,7 @@ def test_a_length_that_the_model_cannot_read_is_refused_and_none_such_is_offered
 
 def test_a_length_can_fit_where_no_batch_does():
     report = planner.report(Recipe("qwen2.5-7b", batch=2, length=1024), "t4")
-    assert "Largest that fits with a tenth to spare: no batch, or 412 tokens at batch 2." in report
+    assert "spare: no batch at this length, or 412 tokens at batch 2." in report
 
 
 def test_lengths_come_from_a_file_of_records(tmp_path):
@@ -325,7 +325,9 @@ def test_the_report_says_whether_it_fits_what_to_turn_and_how_sure_it_is():
     on_cpu = planner.report(Recipe("tiny", "full"), "cpu")
     assert "It fits, " in on_cpu
     assert "paged" not in on_cpu
-    assert "spare: no batch, or no length." in planner.report(Recipe("llama-65b", "full"), "t4")
+    assert "no batch at this length, or no length at this batch." in planner.report(
+        Recipe("llama-65b", "full"), "t4"
+    )
     close = planner.report(Recipe("llama-7b", "lora", batch=2, checkpointing=True), "t4")
     assert "It may fit, " in close
     with pytest.raises(CourseError, match="on a CPU there is nothing to page to"):
