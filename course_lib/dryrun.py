@@ -85,6 +85,8 @@ def shape_of(
     layers = surgery.find_layers(model, surgery.ALL_LINEAR).values()
     layer_shapes = [surgery.layer_shape(layer) for layer in layers]
     sizes = [d_out * d_in for d_out, d_in in layer_shapes]
+    left_out = _leave_two(model, blocks)  # each of them is as the last that is left
+    blocks = memory.blocks_of(model)
     trained, trained_outside, beside = _put_in(model, blocks, method, size, targets)
     embeddings = model.get_input_embeddings().weight
     try:
@@ -98,18 +100,36 @@ def shape_of(
     return Shape(
         base=base,
         linear=sum(sizes),
-        trained=trained,
+        trained=trained + trained[-1:] * left_out,
         trained_outside=trained_outside,
         embeddings=embeddings.numel() if embeddings.requires_grad else 0,
         tied=embeddings is head.weight,
-        kept=tuple(count + beside for count in kept),
+        kept=tuple(count + beside for count in kept + kept[-1:] * left_out),
         pairs=pairs,
-        inputs=inputs,
+        inputs=inputs + inputs[-1:] * left_out,
         outside=outside,
         vocabulary=head.weight.shape[0],
         widest=max(map(max, layer_shapes)),
         largest=max(sizes),
     )
+
+
+def _leave_two(model: nn.Module, blocks: list[nn.Module]) -> int:
+    """Take all blocks but two out of the model, if they are alike; how many that were. The first
+    is another than the second: with an adapter no gradient leaves it, and what all share is its.
+    """
+    made_of = {
+        tuple((name, weight.shape) for name, weight in block.named_parameters()) for block in blocks
+    }
+    stacks = [
+        stack
+        for stack in model.modules()
+        if isinstance(stack, nn.ModuleList) and [*stack] == blocks
+    ]
+    if len(made_of) > 1 or len(stacks) != 1:
+        return 0
+    del stacks[0][2:]
+    return max(0, len(blocks) - 2)
 
 
 def _check(config: "PreTrainedConfig", name: str) -> None:
@@ -159,7 +179,7 @@ def _counted(
     """
     config = model.config.get_text_config()
     width = config.hidden_size
-    kv = memory.kv_cache_bytes(config, 1, 1, 1) // (2 * blocks)
+    kv = memory.kv_cache_bytes(config, 1, 1, 1) // (2 * config.num_hidden_layers)
     inner = getattr(config, "intermediate_size", None) or 4 * width
     model.requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(
