@@ -109,6 +109,8 @@ def plot_bills(
         axes.text(min(total, end), row, f" {total:.1f}", va="center", color=INK)
     if room is not None:
         axes.axvline(room, color=MUTED, linestyle="--")
+        for label in axes.texts:  # the line does not cross out a number
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
     axes.invert_yaxis()
     axes.set(xlabel="GB", xlim=(0, 1.12 * end))
     if most is not None:
