@@ -112,7 +112,7 @@ def plot_bills(
         for label in axes.texts:  # the line does not cross out a number
             label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
     axes.invert_yaxis()
-    axes.set(xlabel="GB", xlim=(0, 1.12 * end))
+    axes.set(xlabel="GB" if room is None else "GB (dashed: the card)", xlim=(0, 1.12 * end))
     if most is not None:
         axes.axvspan(end, 1.12 * end, color="white", zorder=1.5)
     axes.legend(frameon=False, ncols=len(parts), loc="upper center", bbox_to_anchor=(0.5, -0.18))

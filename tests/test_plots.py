@@ -53,6 +53,17 @@ def test_bills_stack_their_parts():
     assert axes.texts[0].get_text().strip() == "12.0"
 
 
+def test_a_bill_that_is_longer_than_the_axis_is_cut_and_keeps_its_number():
+    axes = plots.plot_bills({"full": {"weights": 100.0}, "LoRA": {"weights": 9.0}}, "", 16.0, 30.0)
+    assert axes.get_xlim() == (0, pytest.approx(33.6))
+    assert [(label.get_position()[0], label.get_text().strip()) for label in axes.texts] == [
+        (30.0, "100.0"),
+        (9.0, "9.0"),
+    ]
+    assert axes.lines[0].get_xdata() == [16.0, 16.0]
+    assert "dashed" in axes.get_xlabel()
+
+
 def test_a_table_shows_text_as_it_is():
     shown = plots.table(
         [{"question": "<b>?", "share": 0.5}, {"question": "two\nlines", "share": 1}]
