@@ -130,7 +130,7 @@ def plot_lines(
     number.
     """
     axes = _axes(title)
-    for (name, points), color in zip(lines.items(), COLORS, strict=False):
+    for (name, points), color in zip(lines.items(), COLORS[: len(lines)], strict=True):
         axes.plot(
             list(points),
             list(points.values()),

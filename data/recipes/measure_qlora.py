@@ -9,6 +9,7 @@ Writes data/measured/qlora_NAME.json.
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from recording import record
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ from course_lib.surgery import ALL_LINEAR
 
 RANK, RATE = 8, 5e-3  # LoRA's on tiny, where one rate is enough
 WEEK_RATE = 2e-3  # by `week_rates`
+EVEN_16 = torch.arange(-8, 8) / 8
 FORMATS: dict[str, Callable[[], Tensor] | None] = {
     "float32": None,
     "NF4": nf4_levels,
@@ -143,6 +145,8 @@ def untouched(machine: Machine) -> Sweep:
         for what, size in (("of 64", 64), ("of a matrix", 10**9))
         for name in ("NF4", "FP4", "INT4")
     ]
+    sixteen = {"base": "base in INT4 with 16 levels", "block": "of 64"}  # one more below zero
+    methods.append(Method("untouched", None, sixteen, rounded_base(lambda: EVEN_16, 64)))
     task = replace(week_experiment(), score=score, measures=measures)
     return compare(methods, task, machine)
 
