@@ -149,6 +149,8 @@ def starved_run(answer):
     ]
     options = {"steps": 2, "batch_size": 16, "learning_rate": 1e-3, "progress": False, "say": QUIET}
     starved, undisturbed = fresh_tiny(), fresh_tiny()
+    # the threads of torch reserve address space of their own when they are first used
+    finetune(fresh_tiny(), examples[:1], CPU, **(options | {"batch_size": 1}))
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(
         resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 120_000_000, limits[1])
