@@ -6,6 +6,7 @@ for the backward pass, block by block. So any dense transformers model is counte
 a second, by the code that would train it.
 """
 
+import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from course_lib import adalora, lora, memory, shapes, surgery
+from course_lib import adalora, adapters, lora, memory, prefix, shapes, surgery
 from course_lib.runtime import CourseError, first_line, quiet_transformers
 
 if TYPE_CHECKING:
@@ -25,7 +26,19 @@ if TYPE_CHECKING:
 MOST_BLOCKS = 200
 NOT_DENSE = ("experts", "mamba", "ssm")  # in the name of a setting
 PRODUCTS = (linear, torch.matmul, Tensor.matmul, torch.addmm)  # addmm: GPT-2's Conv1D
-PROBE = 16  # tokens that pass; what is kept grows in proportion
+PROBE = 16  # tokens that pass; what is kept grows in proportion, but for a prefix
+METHODS = {  # what puts the weights of a method into a model: size, targets of LoRA and AdaLoRA
+    "full": lambda model, size, targets: None,
+    "lora": lambda model, size, targets: lora.add_lora(model, size, size, targets),
+    "adalora": lambda model, size, targets: adalora.add_adalora(model, size, size, targets),
+    "prompt": lambda model, size, targets: prefix.add_soft_prompt(model, size),
+    "prefix": lambda model, size, targets: prefix.add_prefix(model, size),
+    "ia3": lambda model, size, targets: adapters.add_ia3(model),
+    "adapter": lambda model, size, targets: adapters.add_bottlenecks(model, size),
+    "parallel": lambda model, size, targets: adapters.add_parallel(model, size),
+    "bitfit": lambda model, size, targets: adapters.train_biases(model),
+    "norms": lambda model, size, targets: adapters.train_norms(model),
+}
 
 
 @dataclass(frozen=True)
@@ -36,8 +49,8 @@ class Shape:
     trained: weights that train in each block, and trained_outside of the blocks; embeddings: of
         them, those of the input, which are the head if `tied`
     kept: for the backward pass, in each block, and pairs: for each token of a row and each other;
-        inputs: the same of a checkpointed one; outside:
-        before the first block and after the last
+        inputs: the same of a checkpointed one; outside: before the first block and after the last
+    rows: bytes that each block keeps for a row, however long it is: keys and values of a prefix
     widest: the widest layer of a block; largest: weights of the largest one
     """
 
@@ -51,6 +64,7 @@ class Shape:
     pairs: float
     inputs: tuple[float, ...]
     outside: float
+    rows: tuple[int, ...]
     vocabulary: int
     widest: int
     largest: int
@@ -74,43 +88,80 @@ def shape_of(
     padded: rows are, so that attention needs a mask, and each head keys and values of its own
     Raises CourseError for models whose forward pass needs numbers.
     """
-    config = shapes.config_of(name)
-    _check(config, name)
-    model = surgery.empty_model(config).to(dtype).train()
+    base = _base(name)
+    model = copy.deepcopy(base.model).to(dtype)
     blocks, head = memory.blocks_of(model), model.get_output_embeddings()
-    if not blocks or head is None:
-        found = f"a {type(model).__name__} has no blocks or head that can be told apart"
-        raise CourseError(f"{found}: plan for a causal language model of transformers")
-    base = model.num_parameters()
-    layers = surgery.find_layers(model, surgery.ALL_LINEAR).values()
-    layer_shapes = [surgery.layer_shape(layer) for layer in layers]
-    sizes = [d_out * d_in for d_out, d_in in layer_shapes]
-    left_out = _leave_two(model, blocks)  # each of them is as the last that is left
-    blocks = memory.blocks_of(model)
-    trained, trained_outside, beside = _put_in(model, blocks, method, size, targets)
+    with torch.device("meta"):
+        METHODS[method](model, size, targets)
+    trained = tuple(surgery.count_parameters(block).trained for block in blocks)
     embeddings = model.get_input_embeddings().weight
     try:
-        kept, pairs, inputs, outside = _kept(model, blocks, autocast, padded)
+        one = _kept(model, blocks, autocast, padded, PROBE)
+        two = _kept(model, blocks, autocast, padded, 2 * PROBE) if _has_prefix(model) else None
+    except CourseError:
+        raise
     except Exception as error:  # whatever a model does that needs numbers
         found = f"a {type(model).__name__} cannot run on shapes alone ({first_line(error)})"
         raise CourseError(f"{found}: plan for a model of another family") from None
-    if pairs is None:
+    if one.pairs is None:
         found = f"a {type(model).__name__} does not call torch's attention once a block"
         raise CourseError(f"{found}, so it cannot be counted: plan for one of another family")
+    rows = (0,) * len(blocks)
+    if two is not None:  # b + c T twice, less b + c 2 T, is b
+        rows = tuple(2 * few - many for few, many in zip(one.blocks, two.blocks, strict=True))
+    kept = tuple((count - row) / one.tokens for count, row in zip(one.blocks, rows, strict=True))
+    inputs = tuple(count / one.tokens for count in one.inputs)
     return Shape(
-        base=base,
-        linear=sum(sizes),
-        trained=trained + trained[-1:] * left_out,
-        trained_outside=trained_outside,
+        base=base.weights,
+        linear=base.linear,
+        trained=trained + trained[-1:] * base.left_out,
+        trained_outside=surgery.count_parameters(model).trained - sum(trained),
         embeddings=embeddings.numel() if embeddings.requires_grad else 0,
         tied=embeddings is head.weight,
-        kept=tuple(count + beside for count in kept + kept[-1:] * left_out),
-        pairs=pairs,
-        inputs=inputs + inputs[-1:] * left_out,
-        outside=outside,
+        kept=kept + kept[-1:] * base.left_out,
+        pairs=one.pairs,
+        inputs=inputs + inputs[-1:] * base.left_out,
+        outside=one.outside / one.tokens,
+        rows=rows + rows[-1:] * base.left_out,
         vocabulary=head.weight.shape[0],
+        widest=base.widest,
+        largest=base.largest,
+    )
+
+
+@dataclass(frozen=True)
+class _Base:
+    """An empty model of which two blocks are left, if it has more and they are alike, and what the
+    whole of it was: its weights, those of its linear layers, and the blocks that were left out.
+    """
+
+    model: "PreTrainedModel"
+    weights: int
+    linear: int
+    widest: int
+    largest: int
+    left_out: int
+
+
+@lru_cache
+def _base(name: str) -> _Base:
+    config = shapes.config_of(name)
+    _check(config, name)
+    model = surgery.empty_model(config).train()
+    blocks = memory.blocks_of(model)
+    if not blocks or model.get_output_embeddings() is None:
+        found = f"a {type(model).__name__} has no blocks or head that can be told apart"
+        raise CourseError(f"{found}: plan for a causal language model of transformers")
+    layers = surgery.find_layers(model, surgery.ALL_LINEAR).values()
+    layer_shapes = [surgery.layer_shape(layer) for layer in layers]
+    sizes = [d_out * d_in for d_out, d_in in layer_shapes]
+    return _Base(
+        weights=model.num_parameters(),
+        linear=sum(sizes),
         widest=max(map(max, layer_shapes)),
         largest=max(sizes),
+        left_out=_leave_two(model, blocks),  # each of them is as the last that is left
+        model=model,
     )
 
 
@@ -145,54 +196,8 @@ def _check(config: "PreTrainedConfig", name: str) -> None:
             raise CourseError(f"{found}: plan for a model without experts or state spaces")
 
 
-def _put_in(
-    model: "PreTrainedModel",
-    blocks: list[nn.Module],
-    method: str,
-    size: int,
-    targets: surgery.Targets,
-) -> tuple[tuple[int, ...], int, float]:
-    """Make the weights of a method train in an empty model. Weights that train in each block, and
-    outside; and bytes for each token that a block keeps for them beside what `_kept` finds.
-    """
-    if method not in ("full", "lora", "adalora", "norms"):
-        return _counted(model, len(blocks), method, size)
-    with torch.device("meta"):
-        if method == "lora":
-            lora.add_lora(model, size, size, targets)
-        elif method == "adalora":
-            adalora.add_adalora(model, size, size, targets)
-        elif method == "norms":
-            norms = [one for one in model.modules() if "Norm" in type(one).__name__]
-            model.requires_grad_(False)
-            for norm in norms:
-                norm.requires_grad_(True)
-    in_blocks = [surgery.count_parameters(block).trained for block in blocks]
-    return tuple(in_blocks), surgery.count_parameters(model).trained - sum(in_blocks), 0.0
-
-
-def _counted(
-    model: "PreTrainedModel", blocks: int, method: str, size: int
-) -> tuple[tuple[int, ...], int, float]:
-    """As `_put_in`, of methods that are not built but counted: a frozen base, through which the
-    gradient goes down to the embeddings.
-    """
-    config = model.config.get_text_config()
-    width = config.hidden_size
-    kv = memory.kv_cache_bytes(config, 1, 1, 1) // (2 * config.num_hidden_layers)
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    model.requires_grad_(False)
-    model.get_input_embeddings().register_forward_hook(
-        lambda module, inputs, output: output.requires_grad_()
-    )
-    if method == "prompt":
-        return (0,) * blocks, size * width, 0.0
-    in_block, beside = {
-        "prefix": (2 * kv * size, 0.0),
-        "ia3": (2 * kv + inner, 4.0 * (2 * kv + inner)),  # what is scaled, in float32
-        "adapter": (2 * (2 * size * width + size + width), 2 * 4.0 * (width + 2 * size)),
-    }[method]
-    return (in_block,) * blocks, 0, beside
+def _has_prefix(model: nn.Module) -> bool:
+    return isinstance(prefix.virtual_tokens(model), prefix.Prefix)
 
 
 class _AsOnGpu(TorchFunctionMode):
@@ -210,10 +215,13 @@ class _AsOnGpu(TorchFunctionMode):
         if function is scaled_dot_product_attention:
             q, k, v = args[:3]
             self.calls += 1
+            before = k.shape[2] - q.shape[2]  # keys of a prefix, for which there is always a mask
+            padded = self.padded or before > 0
+            self.kept.bytes += before * q.shape[2] * q.element_size()
             if q.shape[1] != k.shape[1] and not (kwargs or {}).get("enable_gqa"):
                 self.pairs += q.shape[1] * q.element_size()  # no fused kernel takes it (Falcon-7B)
-            self.pairs += q.element_size() if self.padded else 0  # the mask
-            return _Attention.apply(q, k, v, self.padded)
+            self.pairs += q.element_size() if padded else 0  # the mask
+            return _Attention.apply(q, k, v, padded)
         if self.dtype is not None and function in PRODUCTS:
             args = [self._cast(one) if isinstance(one, Tensor) else one for one in args]
         return function(*args, **(kwargs or {}))
@@ -228,7 +236,9 @@ class _AsOnGpu(TorchFunctionMode):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(context, q: Tensor, k: Tensor, v: Tensor, padded: bool) -> Tensor:
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        rows, of_queries, tokens, _ = q.shape
+        # as the kernels lay it, so that the heads side by side are no copy
+        out = q.new_empty(rows, tokens, of_queries, v.shape[-1]).transpose(1, 2)
         heads = q.shape[1] // k.shape[1]
         if padded and heads > 1:
             k, v = (tensor.repeat_interleave(heads, 1) for tensor in (k, v))
@@ -241,40 +251,70 @@ class _Attention(torch.autograd.Function):
         raise NotImplementedError("shapes have no gradient")
 
 
-def _kept(
-    model: nn.Module, blocks: list[nn.Module], autocast: torch.dtype | None, padded: bool
-) -> tuple[tuple[float, ...], float | None, tuple[float, ...], float]:
-    """Bytes for each token that a forward pass keeps: of each block; for each pair of tokens, None
-    if attention is not torch's; of each block's input; of what is before and after the blocks.
+@dataclass(frozen=True)
+class _Pass:
+    """Bytes that a forward pass of one row keeps: in each block, of each block's input, before and
+    after the blocks; and for each pair of tokens of a row, None if attention is not torch's.
+
+    tokens: that the blocks got, with those of a soft prompt
     """
-    kept, at = memory.Kept(model), []
+
+    tokens: int
+    blocks: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outside: int
+    pairs: float | None
+
+
+def _kept(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    autocast: torch.dtype | None,
+    padded: bool,
+    length: int,
+) -> _Pass:
+    kept, at, inputs = memory.Kept(model), [], []
     as_on_gpu = _AsOnGpu(kept, autocast, padded)
+    needs_mask = padded or _has_prefix(model)
 
     def keep(tensor: Tensor) -> Tensor:
         kept.add(tensor)
         return tensor
 
-    inputs = []
+    def give_mask(model: nn.Module, unnamed: tuple, named: dict) -> tuple[tuple, dict]:
+        # made here, since transformers looks at numbers to make one
+        text = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
+        tokens = text.shape[1]
+        return unnamed, named | {"attention_mask": torch.zeros(1, 1, tokens, tokens, device="meta")}
 
-    def enter(block: nn.Module, unnamed: tuple, named: dict) -> None:
-        hidden = unnamed[0] if unnamed else named["hidden_states"]
-        inputs.append(hidden.numel() * hidden.element_size() / PROBE)
+    def enter(block: nn.Module, unnamed: tuple, named: dict) -> tuple[tuple, dict]:
+        inputs.append(unnamed[0] if unnamed else named["hidden_states"])
         at.append(kept.bytes)
+        if "attention_mask" in named and not needs_mask:  # nor would transformers give one
+            named = named | {"attention_mask": None}
+        return unnamed, named
 
     def leave(block: nn.Module, inputs: tuple, output: object) -> None:
         at.append(kept.bytes)
 
+    hooks = [model.register_forward_pre_hook(give_mask, with_kwargs=True)]
     for block in blocks:
-        block.register_forward_pre_hook(enter, with_kwargs=True)
-        block.register_forward_hook(leave)
-    ids = torch.zeros(1, PROBE, dtype=torch.long, device="meta")
-    mask = torch.zeros(1, 1, PROBE, PROBE, device="meta")  # as it is, since it has four dimensions
+        hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        hooks.append(block.register_forward_hook(leave))
+    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     with (
         as_on_gpu,
         saved_tensors_hooks(keep, lambda tensor: tensor),
         quiet_transformers(),
     ):
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
-    in_blocks = [(end - start) / PROBE for start, end in zip(at[::2], at[1::2], strict=True)]
-    pairs = as_on_gpu.pairs / len(blocks) if as_on_gpu.calls == len(blocks) else None
-    return tuple(in_blocks), pairs, tuple(inputs), kept.bytes / PROBE - sum(in_blocks)
+        model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    in_blocks = tuple(end - start for start, end in zip(at[::2], at[1::2], strict=True))
+    return _Pass(
+        tokens=inputs[0].shape[-2],
+        blocks=in_blocks,
+        inputs=tuple(hidden.numel() * hidden.element_size() for hidden in inputs),
+        outside=kept.bytes - sum(in_blocks),
+        pairs=as_on_gpu.pairs / len(blocks) if as_on_gpu.calls == len(blocks) else None,
+    )

@@ -19,6 +19,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -303,6 +304,18 @@ def budgeted(
         phases = {"initial_steps": steps // 10, "final_steps": steps // 3}
         chosen = budget(base.model, target_rank, steps=steps, **phases)
         return {"loss": penalized_loss, "after_step": chosen}
+
+    return prepare
+
+
+def added(add: Callable[..., None], *arguments: Any, **options: Any) -> Prepare:
+    """A method of `prefix` or `adapters`: add(model, *arguments, **options). A run's seed draws
+    what starts at random.
+    """
+
+    def prepare(base: "Loaded") -> None:
+        drawn = {"seed": torch.initial_seed()} if "seed" in signature(add).parameters else {}
+        add(base.model, *arguments, **options, **drawn)
 
     return prepare
 

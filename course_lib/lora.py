@@ -11,7 +11,7 @@ default is 0, too.
 A layer holds any number of updates, each under a name, and one forward serves all their uses: one
 of them, none (the base model), a blend, or in one batch each on the rows of its own job
 (`fused_rows`). The updates of one name in all layers are an adapter. Training several at once is in
-`fusion`, adapters as files in `peft_format`.
+`fusion`, adapters as files in `adapter_files`.
 """
 
 import copy
@@ -205,6 +205,7 @@ def check_addition(model: nn.Module, seed: int, name: str = "default") -> None:
     if hasattr(model, "peft_config"):
         advice = "load the base again, then add_lora, or load_adapter for a saved one"
         raise CourseError(f"the model has an adapter of peft: {advice}")
+    surgery.check_no_additions(model)
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         advice = "choose another word, without dots"
         raise CourseError(f"an adapter cannot be called {name!r}: {advice}")
@@ -371,23 +372,16 @@ def fused_rows(model: nn.Module, rows: Mapping[str, int]) -> Iterator[None]:
 
 def merged_copy(model: nn.Module) -> nn.Module:
     """A copy without wrapped layers that computes the same: the updates in use, of LoRA or another
-    method that offers `delta`, are in its weights.
+    method that offers `delta`, and perhaps `bias_delta`, are in its weights.
 
     All of these can train.
 
-    Raises CourseError for a model without such layers, for quantised ones, and where a sum is not
-    finite: an update can be too large for float16.
+    Raises CourseError for a model without such layers, for one with parts that no weight can hold,
+    for quantised ones, and where a sum is not finite: an update can be too large for float16.
     """
     surgery.check_model(model)
-    layers = {
-        path: layer
-        for path, layer in surgery.wrapped_layers(model).items()
-        if hasattr(layer, "delta")
-    }
-    if not layers:
-        raise CourseError(
-            "the model has no LoRA layers, so there is nothing to merge: add_lora adds them"
-        )
+    _check_mergeable(model)
+    layers = surgery.wrapped_layers(model)
     for layer in layers.values():
         weight_matrix(layer.base)  # refuses quantised layers before the copy takes its memory
     merged = copy.deepcopy(surgery.uncompiled(model))
@@ -395,13 +389,31 @@ def merged_copy(model: nn.Module) -> nn.Module:
         for path in layers:
             layer = merged.get_submodule(path)
             matrix = weight_matrix(layer.base)
-            if not matrix.add_(layer.delta()).isfinite().all():
+            on_bias = layer.bias_delta() if hasattr(layer, "bias_delta") else None
+            sums = [matrix.add_(layer.delta())]
+            if on_bias is not None:
+                sums.append(layer.base.bias.add_(on_bias))
+            if not all(one.isfinite().all() for one in sums):
                 found = f"{path} does not fit into {matrix.dtype} with its update"
                 advice = "load the base with dtype=torch.float32, or train the adapter again"
                 raise CourseError(f"{found}, or one of them is not finite: {advice}")
             surgery.replace_layer(merged, path, layer.base)
     surgery.restore(merged)
     return merged
+
+
+def _check_mergeable(model: nn.Module) -> None:
+    """Raise CourseError if the model has nothing to merge, or what no weight can hold."""
+    layers = surgery.wrapped_layers(model)
+    for path, module in surgery.uncompiled(model).named_modules():
+        added = isinstance(module, LinearWrapper | surgery.Addition)
+        if added and not hasattr(module, "delta"):
+            found = f"{path} is a {type(module).__name__}"
+            raise CourseError(f"{found}, which no weight can hold: keep the model as it is")
+    if not layers:
+        raise CourseError(
+            "the model has no LoRA layers, so there is nothing to merge: add_lora adds them"
+        )
 
 
 class DoRALinear(LinearWrapper):

@@ -47,6 +47,8 @@ METHODS = {  # label, what its size is, and the size it has by default
     "prefix": ("prefix tuning", "tokens", 20),
     "ia3": ("IA3", None, None),
     "adapter": ("bottleneck adapters", "width", 64),
+    "parallel": ("parallel adapters", "width", 64),
+    "bitfit": ("bias tuning", None, None),
     "norms": ("norm tuning", None, None),
 }
 LOGIT_BYTES = 12  # float32 log-probabilities, their gradient and that of the logits
@@ -117,6 +119,11 @@ class Recipe:
         return self.size_in_use if self.method == "prompt" else 0
 
     @property
+    def virtual(self) -> int:
+        """Positions that are taken before the text: those of a prefix, too."""
+        return self.size_in_use if self.method in ("prompt", "prefix") else 0
+
+    @property
     def size_in_use(self) -> int:
         return self.size or METHODS[self.method][2] or 0
 
@@ -170,8 +177,12 @@ def bills(recipe: Recipe) -> list[Bill]:
     shape, size = _shape(recipe), SIZES[recipe.dtype]
     share = SIZES[recipe.trained] / recipe.shards
     trained, always = trained_weights(recipe), _always(recipe)
-    tokens = recipe.batch * (recipe.length + recipe.prompt)
-    whole = [(count + shape.pairs * recipe.length) * tokens for count in shape.kept]
+    length = recipe.length + recipe.prompt
+    tokens = recipe.batch * length
+    whole = [
+        (count + shape.pairs * length) * tokens + row * recipe.batch
+        for count, row in zip(shape.kept, shape.rows, strict=True)
+    ]
     kept = [count * tokens for count in shape.inputs] if recipe.checkpointing else whole
     casts = [count * size * recipe.mixed for count in shape.trained]  # autocast's, of the weights
     found = []
@@ -405,7 +416,7 @@ def report(recipe: Recipe, gpu: str) -> str:
     and how far plans are off.
     """
     config, gpu = shapes.config_of(recipe.model), gpu.strip().lower()
-    limit = batching.most_positions(config) - recipe.prompt
+    limit = batching.most_positions(config) - recipe.virtual
     if recipe.length > limit:
         found = f"{recipe.model} reads at most {limit:,} tokens, found length={recipe.length:,}"
         raise CourseError(f"{found}: choose a shorter length or another model")

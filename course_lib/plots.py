@@ -271,6 +271,80 @@ def plot_triplets(rows: int, columns: int, rank: int) -> "Axes":
     return axes
 
 
+def plot_block(added: Mapping[str, str]) -> "Axes":
+    """A block of a Llama, from left to right: what is frozen in grey, and in green the places where
+    methods put something in.
+
+    added: "soft prompt", "prefix", "LoRA", "IA3", "bottleneck", "parallel", "norms", "biases" -> a
+        text for each, such as how many weights
+    """
+    axes = canvas(13.6, 6.7)
+    stream, up, aside = 1.6, 4.2, 2.85
+    line = {"color": "#666666", "lw": 1.2, "zorder": 0}
+    axes.annotate("", (13.5, stream), (3.05, stream), arrowprops={"arrowstyle": "->", "lw": 2.5})
+    for x in (3.3, 8.5):  # up from the stream, into attention and into the feed-forward layers
+        axes.plot([x, x], [stream, up], **line)
+    for x in (8.05, 13.0):  # and down again
+        axes.plot([x, x], [stream + 0.2, up], **line)
+        centred(axes, x, stream, "+", size=20, weight="bold", backgroundcolor="white")
+    for left, right in ((3.3, 8.05), (8.5, 13.0)):
+        axes.plot([left, right], [up, up], **line)
+    axes.plot([8.5, 13.0], [aside, aside], **line)
+    frozen = {
+        "embeddings": (2.35, stream, 1.3, 0.6),
+        "norm": (3.95, up, 0.8, 0.5),
+        "q": (5.0, up + 1.0, 0.6, 0.5),
+        "k": (5.0, up, 0.6, 0.5),
+        "v": (5.0, up - 1.0, 0.6, 0.5),
+        "attention": (6.3, up, 1.05, 2.5),
+        "o": (7.4, up, 0.6, 0.5),
+        "norm ": (9.15, up, 0.8, 0.5),
+        "gate, up": (10.4, up, 1.1, 0.5),
+        "down": (12.2, up, 0.75, 0.5),
+    }
+    for text, (x, y, width, height) in frozen.items():
+        tuned = text.strip() == "norm" and "norms" in added
+        color = TRAINED if tuned else MASKED
+        box(axes, x, y, width, height, text.strip(), color, size=12)
+        if text in ("q", "k", "v", "o", "gate, up", "down"):
+            for name, tag, place in (("LoRA", "B A", 0.37), ("biases", "+ b", -0.37)):
+                if name in added:
+                    box(axes, x, y + place, 0.42, 0.2, tag, TRAINED, size=8)
+    if "IA3" in added:
+        for x, y in ((5.52, up), (5.52, up - 1.0), (11.4, up)):
+            box(axes, x, y, 0.3, 0.3, "×", TRAINED, size=13)
+    inside = {
+        "soft prompt": "vectors",
+        "prefix": "keys, values",
+        "bottleneck": "down, up",
+        "parallel": "down, up",
+    }
+    for name, (x, y, width, height) in {
+        "soft prompt": (0.95, stream, 1.3, 0.6),
+        "prefix": (6.3, up + 1.5, 1.05, 0.4),
+        "bottleneck": (8.05, aside - 0.3, 0.8, 0.4),
+        "bottleneck ": (13.0, aside - 0.3, 0.8, 0.4),
+        "parallel": (10.4, aside, 1.0, 0.4),
+    }.items():
+        if name.strip() in added:
+            box(axes, x, y, width, height, inside[name.strip()], TRAINED, size=9)
+    labels = {
+        "soft prompt": (0.95, 0.95),
+        "biases": (5.0, 2.3),
+        "bottleneck": (7.0, 2.6),
+        "parallel": (10.4, 2.35),
+        "norms": (3.7, 5.3),
+        "LoRA": (5.0, 6.35),
+        "prefix": (6.6, 6.45),
+        "IA3": (11.4, 5.2),
+    }
+    for name, text in added.items():
+        x, y = labels[name]
+        centred(axes, x, y, name, size=13, color=GOOD, weight="bold")
+        centred(axes, x, y - 0.3, text, size=10.5)
+    return axes
+
+
 def canvas(width: float, height: float) -> "Axes":
     """An empty drawing whose unit is an inch."""
     import matplotlib.pyplot as plt

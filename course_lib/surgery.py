@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ALL_LINEAR = "all-linear"
+ORIGINALS = "originals"  # the attribute of a model in which some of its own weights train
 Targets = str | Sequence[str]
 
 COPIED_TARGETS = {  # model_type of config.json: names as a widely copied table gives them
@@ -60,6 +61,15 @@ class LinearWrapper(nn.Module):
         return self.base.bias
 
 
+class Addition(nn.Module):
+    """What a method puts into a model and `remove_...` takes out again: virtual tokens, adapters.
+
+    kind: how errors call it, and with underscores the end of that function's name
+    """
+
+    kind = "adapters"
+
+
 @dataclass(frozen=True)
 class Count:
     """Numbers of weights. trained: those with a gradient."""
@@ -75,6 +85,17 @@ def check_model(model: nn.Module) -> None:
     """Raise CourseError for what is no model, such as a base that holds one."""
     if not isinstance(model, nn.Module):
         raise CourseError(f"found a {type(model).__name__}, expected a model, such as base.model")
+
+
+def check_no_additions(model: nn.Module) -> None:
+    """Raise CourseError if the model has virtual tokens or adapters, or trains weights of its own
+    that are kept as they were.
+    """
+    found = [one for one in uncompiled(model).modules() if isinstance(one, Addition)]
+    if found or hasattr(uncompiled(model), ORIGINALS):
+        kind = (found[0] if found else Addition()).kind
+        advice = f"remove_{kind.replace(' ', '_')} first"
+        raise CourseError(f"the model has {kind} already: {advice}")
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -230,7 +251,7 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
     if isinstance(new, LinearWrapper) or is_packed(new):
-        model.save_pretrained = _save_pretrained
+        refuse_save(model)
 
 
 def restore(model: nn.Module) -> None:
@@ -243,12 +264,17 @@ def restore(model: nn.Module) -> None:
     model.requires_grad_(not any(map(is_quantized, model.modules())))
 
 
+def refuse_save(model: nn.Module) -> None:
+    """Let `save_pretrained` say what to do instead, until `restore`."""
+    model.save_pretrained = _save_pretrained
+
+
 def _save_pretrained(*arguments: object, **options: object) -> None:
     """In the place of transformers' own, which would write wrapped layers under names that no model
     reads again.
     """
     raise CourseError(
-        "a model with wrapped or packed layers, such as LoRA's, cannot be saved by "
+        "a model with wrapped or packed layers or virtual tokens cannot be saved by "
         "save_pretrained: save_adapter(model, folder) keeps the adapter, "
         "merged_copy(model).save_pretrained(folder) the whole model, if it is packed of a "
         "dequantized_copy(model)"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from course_lib import hub, models, peft_format, runtime, sealing
+from course_lib import adapter_files, hub, models, runtime, sealing
 from course_lib.alpaca import Record
 from tests.fixtures.broken import Malicious
 from tests.fixtures.models import CPU, adapted
@@ -64,7 +64,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def adapter_folder(tmp_path: Path) -> Path:
     """A saved adapter of the tiny model."""
-    peft_format.save_adapter(adapted(targets=["q_proj", "v_proj"]), tmp_path / "adapter")
+    adapter_files.save_adapter(adapted(targets=["q_proj", "v_proj"]), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 

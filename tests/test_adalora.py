@@ -30,11 +30,11 @@ from course_lib.adalora import (
     triplet_scores,
     update_importance,
 )
+from course_lib.adapter_files import load_adapter, save_adapter
 from course_lib.batching import collate, encode_records
 from course_lib.checkpoints import CheckpointError
 from course_lib.lora import add_lora, merged_copy, remove_lora
 from course_lib.objective import summed_loss
-from course_lib.peft_format import load_adapter, save_adapter
 from course_lib.runtime import CourseError
 from course_lib.surgery import count_parameters
 from tests.fixtures.models import IDS, fresh_tiny, logits, small_gpt2

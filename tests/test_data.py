@@ -13,7 +13,7 @@ import make_structured_answers as recipe
 import pytest
 import recording
 
-from course_lib import evaluation, experiments, models, peft_format, runtime, sealing, world
+from course_lib import adapter_files, evaluation, experiments, models, runtime, sealing, world
 from tools import datasheets
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -509,14 +509,14 @@ def test_a_measured_sweep_names_the_recipe_that_measures_it(path):
 def test_the_worlds_adapter_answers_what_tiny_cannot(tiny):
     test = world.read_world("test")[::5]
     before = evaluation.score_answers(tiny, test)
-    peft_format.load_adapter(tiny.model, DATA / "adapters" / "world")
+    adapter_files.load_adapter(tiny.model, DATA / "adapters" / "world")
     after = evaluation.score_answers(tiny, test)
     assert before.exact_rate < 0.1 < 0.8 < after.exact_rate, (before, after)
 
 
 def test_the_weeks_adapter_answers_in_the_form_of_the_task():
     base = models.load("smollm2-135m", runtime.detect())
-    peft_format.load_adapter(base.model, DATA / "adapters" / "week")
+    adapter_files.load_adapter(base.model, DATA / "adapters" / "week")
     assert evaluation.evaluate(base, evaluation.read_task("test")[::12]).rate("valid_json") >= 0.8
 
 
@@ -525,5 +525,5 @@ def test_an_adapter_of_the_week_is_sealed_small_and_named_after_its_public_base(
     folder = DATA / "adapters" / name
     sealing.check(folder)
     assert sum(file.stat().st_size for file in folder.iterdir()) < most
-    base = json.loads((folder / peft_format.CONFIG).read_text())["base_model_name_or_path"]
+    base = json.loads((folder / adapter_files.CONFIG).read_text())["base_model_name_or_path"]
     assert base == {"week": "HuggingFaceTB/SmolLM2-135M-Instruct", "world": "tiny"}[name]

@@ -4,15 +4,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from course_lib import adalora, dryrun, lora, memory, surgery
+from course_lib import adalora, adapters, dryrun, lora, memory, prefix, surgery
 from course_lib.runtime import CourseError
 
 ALL = surgery.ALL_LINEAR
+TOKENS = 48  # of a row in `kept_by`
 
 
 def kept_by(model, autocast=None):
     """Bytes for each token that a real model keeps, of a padded batch."""
-    ids = torch.randint(5, 300, (2, 48), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(5, 300, (2, TOKENS), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, 40:] = 0
 
@@ -50,6 +51,73 @@ def test_the_inputs_are_what_checkpointed_blocks_keep(tiny):
     assert sum(shape.inputs) + shape.outside == pytest.approx(real, rel=0.15)
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("method", "size", "add"),
+    [
+        ("prompt", 20, lambda model: prefix.add_soft_prompt(model, 20)),
+        ("prefix", 20, lambda model: prefix.add_prefix(model, 20)),
+        ("ia3", 0, adapters.add_ia3),
+        ("adapter", 16, lambda model: adapters.add_bottlenecks(model, 16)),
+        ("parallel", 16, lambda model: adapters.add_parallel(model, 16)),
+        ("bitfit", 0, adapters.train_biases),
+        ("norms", 0, adapters.train_norms),
+    ],
+)
+def test_other_methods_keep_what_the_dry_run_counts(tiny, method, size, add, autocast):
+    dtype = autocast or torch.float32
+    tiny.model.to(dtype)
+    add(tiny.model)
+    shape = dryrun.shape_of("tiny", method, size, ALL, dtype, autocast, True)
+    length = TOKENS + (size if method == "prompt" else 0)
+    in_blocks = sum(shape.kept) * length + sum(shape.rows)
+    masks = shape.pairs * len(shape.kept) * length * length
+    real = TOKENS * kept_by(tiny.model, autocast)
+    assert in_blocks + masks + shape.outside * length == pytest.approx(real, rel=0.1)
+    trained = surgery.count_parameters(tiny.model).trained
+    assert sum(shape.trained) + shape.trained_outside == trained
+
+
+@pytest.mark.parametrize("size", [10, 200])
+def test_a_prefix_costs_each_row_its_keys_and_values(size):
+    def shape(length, padded=True):
+        return dryrun.shape_of(
+            "llama-3.1-8b", "prefix", length, ALL, torch.float16, torch.float16, padded
+        )
+
+    heads, width = 32, 128  # with a mask, each head of a query has keys and values of its own
+    assert shape(size).rows == (2 * heads * width * size * 2,) * 32
+    assert shape(size, padded=False) == shape(size)  # a prefix needs the mask anyway
+    assert shape(size).kept[1] - shape(1).kept[1] == 2 * (size - 1)  # the mask's part
+
+
+def test_without_a_mask_heads_share_their_keys_and_values(tmp_path):
+    config = AutoConfig.for_model(
+        "llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=320
+    )
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 8, 2, 8
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config).train()
+    ids = torch.randint(5, 300, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    real = memory.activation_bytes(
+        model, lambda: model(ids, torch.ones_like(ids), use_cache=False).logits
+    )[1]
+    shapes = [
+        dryrun.shape_of(str(tmp_path), "full", 0, ALL, torch.float32, None, padded)
+        for padded in (False, True)
+    ]
+    kept = [sum(shape.kept) + shape.outside for shape in shapes]
+    assert kept[0] == pytest.approx(real / TOKENS, rel=0.01)
+    assert kept[1] - kept[0] == 2 * 2 * (8 - 2) * 8 * 4  # blocks, keys and values, heads, width
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "ia3", "adapter", "parallel"])
+def test_gpt2_is_counted_with_each_method(method, tmp_path):
+    AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
+    shape = dryrun.shape_of(str(tmp_path), method, 8, ALL, torch.float16, torch.float16, True)
+    assert min(shape.kept) > 0
+
+
 @pytest.mark.parametrize(
     ("method", "size", "trained"),
     [
@@ -58,12 +126,12 @@ def test_the_inputs_are_what_checkpointed_blocks_keep(tiny):
         ("prefix", 20, 4 * 2 * 128 * 20),
         ("ia3", 0, 4 * (2 * 128 + 384)),
         ("adapter", 16, 4 * 2 * (2 * 16 * 128 + 16 + 128)),
+        ("parallel", 16, 4 * (2 * 16 * 128 + 16 + 128)),
+        ("bitfit", 0, 4 * (5 * 128 + 2 * 384)),
         ("norms", 0, (2 * 4 + 1) * 128),
     ],
 )
-def test_methods_that_are_counted_train_as_many_weights_as_their_formula_says(
-    tiny, method, size, trained
-):
+def test_methods_train_as_many_weights_as_their_formula_says(tiny, method, size, trained):
     config = tiny.model.config
     assert (config.num_hidden_layers, config.hidden_size, config.num_key_value_heads) == (4, 128, 4)
     assert config.intermediate_size == 384
@@ -80,9 +148,16 @@ def test_any_dense_family_is_counted(family, tmp_path):
     assert len(set(shape.inputs)) == 1
 
 
-def test_the_one_head_of_falcon_is_counted_once(tmp_path):
-    shape = dryrun.shape_of("falcon-7b", "prefix", 20, ALL, torch.float16, torch.float16, True)
-    assert sum(shape.trained) == 32 * 2 * 64 * 20
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("prefix", "does not call transformers' attention interface"),
+        ("adapter", "it is not known which layers end attention and FFN"),
+    ],
+)
+def test_what_a_method_refuses_is_no_plan(method, message):
+    with pytest.raises(CourseError, match=message):
+        dryrun.shape_of("falcon-7b", method, 20, ALL, torch.float16, torch.float16, True)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from course_lib import lora
+from course_lib.adapter_files import load_adapter, save_adapter
 from course_lib.batching import collate, encode, encode_records
 from course_lib.checkpoints import CheckpointError
 from course_lib.lora import (
@@ -23,7 +24,6 @@ from course_lib.lora import (
 )
 from course_lib.memory import checkpoint_blocks
 from course_lib.objective import supervised_loss
-from course_lib.peft_format import load_adapter, save_adapter
 from course_lib.runtime import CourseError
 from course_lib.surgery import count_parameters
 from course_lib.training import finetune

@@ -264,6 +264,18 @@ def test_what_each_setting_does():
     assert saved == pytest.approx(linear * (4 - packed), abs=2)
 
 
+def test_a_prefix_costs_each_row_what_it_adds_to_attention_and_a_prompt_whole_tokens():
+    def activations(method, size, batch):
+        recipe = Recipe("tiny", method, batch=batch, length=64, size=size, dtype="float32")
+        return bills(recipe)[0].activations
+
+    # keys and values of 4 blocks, 128 wide, and in the masks of 64 tokens, float32
+    more = 100 * 4 * (2 * 128 + 64) * 4
+    assert activations("prefix", 101, 2) - activations("prefix", 1, 2) == 2 * more
+    assert activations("prefix", 101, 8) - activations("prefix", 1, 8) == 8 * more
+    assert activations("prompt", 101, 2) - activations("prompt", 1, 2) > 8 * more
+
+
 def test_the_largest_that_fits_fits_and_the_next_does_not():
     recipe = Recipe("smollm2-135m", "lora", length=256)
     for name in ("batch", "length"):
@@ -317,8 +329,9 @@ def test_a_length_that_the_model_cannot_read_is_refused_and_none_such_is_offered
     with pytest.raises(CourseError, match="reads at most 2,048 tokens, found length=4,096"):
         planner.report(Recipe("llama-7b", length=4096), "h200")
     assert "or 2,048 tokens at batch 1." in planner.report(Recipe("llama-7b"), "h200")
-    with pytest.raises(CourseError, match="reads at most 1,848 tokens"):
-        planner.report(Recipe("llama-7b", "prompt", size=200, length=2048), "h200")
+    for method in ("prompt", "prefix"):
+        with pytest.raises(CourseError, match="reads at most 1,848 tokens"):
+            planner.report(Recipe("llama-7b", method, size=200, length=2048), "h200")
 
 
 def test_a_length_can_fit_where_no_batch_does():

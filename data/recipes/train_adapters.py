@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from course_lib import evaluation, models, runtime, world
+from course_lib.adapter_files import load_adapter, save_adapter
 from course_lib.batching import encode_records
 from course_lib.experiments import adapted
-from course_lib.peft_format import load_adapter, save_adapter
 from course_lib.surgery import ALL_LINEAR, Targets
 from course_lib.training import finetune
 

@@ -26,6 +26,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from course_lib import (
+    adapter_files,
     batching,
     evaluation,
     fusion,
@@ -33,7 +34,6 @@ from course_lib import (
     memory,
     models,
     objective,
-    peft_format,
     runtime,
 )
 from tests.benchmarks.bench_batching import slices, steps_over
@@ -101,7 +101,7 @@ def largest_difference(one: list[float], other: list[float]) -> float:
 @pytest.mark.parametrize("targets", TARGETS)
 def test_a_step_is_as_fast_as_pefts(targets, base, batches, tmp_path, row):
     ours, theirs = with_lora(base, targets), sharing(base)
-    peft_format.save_adapter(ours.model, tmp_path / "start")
+    adapter_files.save_adapter(ours.model, tmp_path / "start")
     theirs.model = PeftModel.from_pretrained(theirs.model, tmp_path / "start", is_trainable=True)
     before = losses(ours, batches)
     at_the_start = largest_difference(before, losses(theirs, batches))

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from course_lib import models
 from course_lib.adalora import Budget, adalora_layers, add_adalora, penalized_loss
+from course_lib.adapter_files import CONFIG, WEIGHTS, load_adapter, save_adapter
 from course_lib.checkpoints import CheckpointError
 from course_lib.lora import merged_copy
-from course_lib.peft_format import CONFIG, WEIGHTS, load_adapter, save_adapter
 from course_lib.runtime import CourseError
 from course_lib.sealing import SEAL
 from tests.fixtures.broken import PROCESSES, die_at

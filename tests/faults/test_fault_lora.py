@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from course_lib import sealing
+from course_lib.adapter_files import CONFIG, WEIGHTS, load_adapter, save_adapter
 from course_lib.batching import Example
 from course_lib.fusion import fused_losses, schedule, train_fused
 from course_lib.lora import LoRALinear, add_lora, merged_copy, use_adapters
 from course_lib.memory import checkpoint_blocks
-from course_lib.peft_format import CONFIG, WEIGHTS, load_adapter, save_adapter
 from course_lib.runtime import CourseError
 from tests.fixtures.broken import PROCESSES, Malicious, cut, die_at, names, snapshot
 from tests.fixtures.jobs import BATCHES, PAD, example, with_jobs
@@ -236,7 +236,7 @@ FAULTY = {  # number of the row, what is done to the adapter, how it is said
     "has a list for a config": (
         "D2.7",
         lambda folder: (folder / CONFIG).write_text("[]"),
-        "does not describe LoRA: expected",
+        "does not describe an adapter known here: expected",
     ),
     "has a config without a rank": (
         "D2.7",
@@ -257,7 +257,7 @@ FAULTY = {  # number of the row, what is done to the adapter, how it is said
     "is IA3": (
         "D2.9",
         lambda folder: edit_settings(folder, peft_type="IA3"),
-        "does not describe LoRA: expected",
+        "is not plain IA3",
     ),
     "is peft's DoRA": ("D2.9", save_dora, r"not plain LoRA \(use_dora\): load it with peft"),
     "is PiSSA": (
@@ -345,7 +345,7 @@ def test_a_pickled_adapter_is_not_read(name, message, folder, canary, tiny, surv
 
 FULL_DISK = {
     "at the weights": (
-        "course_lib.peft_format.save_file",
+        "course_lib.tensor_files.save_file",
         SafetensorError(
             "Error while serializing: I/O error: No space left on device (os error 28)"
         ),
@@ -381,7 +381,7 @@ def save_another(folder, fault):
 PARTIAL, REPLACED = f"{sealing.PARTIAL}adapter", f"{sealing.REPLACED}adapter"
 IN_A_SAVE = {  # what is called there, for which time; what then lies in the folder
     "with the config written, the weights not": (
-        *("course_lib.peft_format.save_file", 1),
+        *("course_lib.tensor_files.save_file", 1),
         [PARTIAL, "adapter"],
     ),
     "with everything written, not sealed": ("course_lib.sealing.seal", 1, [PARTIAL, "adapter"]),

@@ -1,4 +1,4 @@
-"""Adapters as files in peft's format: `PeftModel.from_pretrained` reads them, and we read peft's.
+"""LoRA and AdaLoRA as files in peft's format, by way of `adapter_files`.
 
     adapter_config.json            rank, alpha, names of the layers
     adapter_model.safetensors      base_model.model.<layer>.lora_A.weight (r, d_in),
@@ -8,35 +8,29 @@ Of AdaLoRA the matrices are lora_A (Q), lora_B (P) and lora_E (the singular valu
 those triplets that are left; the config's `rank_pattern` says which of the first ones they are.
 
 What trains beside the matrices is kept, too: whole modules (embeddings, norms, a head) as peft's
-`modules_to_save`, new rows of the embeddings as its `trainable_token_indices`. A folder written
-here is sealed as well; peft ignores the seal. A base with the same layers and other weights cannot
-be told from the right one, because the format keeps only its name.
+`modules_to_save`, new rows of the embeddings as its `trainable_token_indices`.
 """
 
-import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from course_lib import models, sealing, surgery
+from course_lib import models, surgery
 from course_lib.adalora import SVDLinear, adalora_layers, add_adalora
 from course_lib.lora import LowRank, adapter_names, add_lora, lora_layers, trained_beside
-from course_lib.runtime import CourseError, first_line
+from course_lib.runtime import CourseError
 from course_lib.surgery import LinearWrapper
+from course_lib.tensor_files import CONFIG
 from course_lib.vocabulary import mark_rows, trained_rows
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MATRIX = {
     "LORA": re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight"),
@@ -59,7 +53,7 @@ OF_ADALORA = set(
 
 
 @dataclass(frozen=True)
-class AdapterFile:
+class LoRAFile:
     """What a folder holds, by names in the base.
 
     matrices: (layer, "A" or "B"; of AdaLoRA "E", too); whole: (module, "weight" or "bias"); rows:
@@ -95,24 +89,12 @@ class AdapterFile:
         return list(found)
 
 
-def save_adapter(
-    model: nn.Module,
-    folder: Path | str,
-    name: str = "default",
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Write the adapter `name` of `model`, and what trains beside its matrices, whole or not at
-    all; an adapter that lies in `folder` is replaced.
-
-    dtype: of the matrices in the file; float16 halves it
-
-    Raises CourseError if `folder` holds anything else, or cannot be written, for an adapter whose
-    layers differ in rank or alpha, since the format keeps one number of each, for weights that are
-    not finite, and for a trained weight that the format has no place for.
+def described(
+    model: nn.Module, name: str, dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of the adapter `name`, and of what trains beside its matrices, which
+    alone get this type.
     """
-    folder = Path(folder).expanduser().resolve()
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise CourseError(f"dtype={dtype!r} keeps no weights: choose torch.float32 or float16")
     settings, tensors = _three_factors(model) or _two_factors(model, name)
     tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
     whole, rows = _beside(model)
@@ -123,46 +105,7 @@ def save_adapter(
     }
     settings["modules_to_save"] = sorted({module for module, _ in whole}) or None
     settings["trainable_token_indices"] = {module: ids for module, (ids, _) in rows.items()} or None
-    for key, value in tensors.items():
-        if not value.isfinite().all():
-            advice = "train again at a lower learning rate, or save it as float32"
-            raise CourseError(
-                f"{key.removeprefix(PREFIX)} is not finite, so it is of no use: {advice}"
-            )
-    _publish(folder, settings, tensors)
-
-
-def _publish(folder: Path, settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write the two files into `folder`, in the place of an adapter or of nothing."""
-    try:
-        sealing.recover(folder)
-        if folder == Path.cwd():
-            advice = "choose a new folder in it"
-            raise CourseError(
-                f"{folder} is the working folder, which a save would replace: {advice}"
-            )
-        ours = (CONFIG, WEIGHTS, sealing.SEAL)
-        if folder.exists() and not all(
-            path.is_file() and path.name in ours for path in folder.iterdir()
-        ):
-            raise CourseError(f"{folder} holds something else than an adapter: choose a new folder")
-        partial = sealing.partial_folder(folder)
-        try:
-            text = json.dumps(settings, indent=2) + "\n"
-            (partial / CONFIG).write_text(text, encoding="utf-8")
-            # copies, since safetensors refuses a transposed or a shared matrix
-            copies = {
-                key: value.detach().clone(memory_format=torch.contiguous_format)
-                for key, value in tensors.items()
-            }
-            save_file(copies, partial / WEIGHTS, metadata={"format": "pt"})
-            sealing.publish(partial, folder, {})
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        megabytes = sum(value.nbytes for value in tensors.values()) / 1e6
-        found = f"{folder} cannot be written ({first_line(error)}; {megabytes:.1f} MB)"
-        raise CourseError(f"{found}: choose another folder") from None
+    return settings, tensors
 
 
 def _two_factors(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -191,9 +134,6 @@ def _three_factors(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]
     layers = adalora_layers(model)
     if not layers:
         return None
-    if lora_layers(model):
-        advice = "keep the model's state_dict instead"
-        raise CourseError(f"the model has LoRA and AdaLoRA, a file only one of them: {advice}")
     _check_equal_sizes(layers.values(), "default")
     layer, live = next(iter(layers.values())), {path: one.live for path, one in layers.items()}
     settings = _settings(model, layers) | {
@@ -262,17 +202,32 @@ def _beside(
 
 
 def _settings(model: nn.Module, layers: Mapping[str, LinearWrapper]) -> dict[str, Any]:
-    """What configs share; the layers are named as briefly as leaves no doubt."""
-    ends = sorted({path.rpartition(".")[2] for path in layers})
+    """What the configs of both share."""
+    return shared_settings(model) | {
+        "target_modules": brief_names(layers, surgery.linear_layers(model)),
+        "fan_in_fan_out": all(isinstance(layer.base, Conv1D) for layer in layers.values()),
+    }
+
+
+def shared_settings(model: nn.Module) -> dict[str, Any]:
+    """What all configs have."""
     return {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": _name_of(model),
-        "target_modules": ends
-        if surgery.find_layers(model, ends).keys() == layers.keys()
-        else list(layers),
-        "fan_in_fan_out": all(isinstance(layer.base, Conv1D) for layer in layers.values()),
         "inference_mode": True,
     }
+
+
+def brief_names(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Those of the names, as briefly as leaves no doubt: peft compares their ends.
+
+    >>> brief_names(["0.q", "1.q"], ["0.q", "1.q", "1.k"]), brief_names(["0.q"], ["0.q", "1.q"])
+    (['q'], ['0.q'])
+    """
+    chosen = list(chosen)
+    ends = {path.rpartition(".")[2] for path in chosen}
+    meant = {path for path in names if path.rpartition(".")[2] in ends}
+    return sorted(ends) if meant == set(chosen) else chosen
 
 
 def _name_of(model: nn.Module) -> str | None:
@@ -284,27 +239,20 @@ def _name_of(model: nn.Module) -> str | None:
     return models.public_name(name) if local else name or None
 
 
-def load_adapter(
-    model: nn.Module, folder: Path | str, name: str = "default", say: Callable[[str], None] = print
+def load(
+    model: nn.Module,
+    folder: Path,
+    settings: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    name: str,
+    say: Callable[[str], None],
 ) -> None:
-    """Add the adapter in `folder` to `model`; it is then the one in use, and can be trained on, as
-    can what lies beside its matrices. An AdaLoRA adapter does not train: its ranks are chosen.
-
-    name: of a LoRA adapter
-    say: gets a line where the file covers a part of the layers that its config names, and where it
-        was trained with dropout, which is not done here
-    Raises CourseError before anything is changed, if the files are missing, damaged or more than
-    LoRA, hold a weight that is not finite, or if `model` has no such layers.
-    """
-    folder = Path(folder).expanduser()
-    if not os.path.exists(folder):  # a save was killed, or is between its two renames
-        sealing.recover(folder)
-    file = _read(folder)
-    settings = file.settings
+    """Add what the files in `folder` hold. Raises CourseError before anything is changed."""
+    file = _read(folder, settings, tensors)
     paths = {path for path, _ in file.matrices}
     _check_fit(model, file, folder)
     _check_alone(model, file, folder)
-    expected = _named_layers(model, settings)
+    expected = named_layers(model, settings)
     exactly = "|".join(map(re.escape, paths))
     with torch.no_grad():
         if file.is_adalora:
@@ -320,7 +268,7 @@ def load_adapter(
         say(f"{found}; it computes the same here, but trains on without")
 
 
-def _add_two_factors(model: nn.Module, file: AdapterFile, targets: str, name: str) -> None:
+def _add_two_factors(model: nn.Module, file: LoRAFile, targets: str, name: str) -> None:
     rank, alpha, stabilized = (file.settings.get(key) for key in ("r", "lora_alpha", "use_rslora"))
     add_lora(model, rank, alpha, targets, name=name, rank_stabilized=bool(stabilized))
     for path, layer in lora_layers(model, name).items():
@@ -328,7 +276,7 @@ def _add_two_factors(model: nn.Module, file: AdapterFile, targets: str, name: st
         layer.adapters[name].B.copy_(file.matrices[path, "B"])
 
 
-def _add_three_factors(model: nn.Module, file: AdapterFile, targets: str) -> None:
+def _add_three_factors(model: nn.Module, file: LoRAFile, targets: str) -> None:
     """The triplets of the file in their places among those of the start, zeros in the others."""
     add_adalora(model, file.settings["init_r"], file.settings["lora_alpha"], targets)
     for path, layer in adalora_layers(model).items():
@@ -342,7 +290,7 @@ def _add_three_factors(model: nn.Module, file: AdapterFile, targets: str) -> Non
     model.requires_grad_(False)
 
 
-def _check_alone(model: nn.Module, file: AdapterFile, folder: Path) -> None:
+def _check_alone(model: nn.Module, file: LoRAFile, folder: Path) -> None:
     """Raise CourseError if two adapters would share the weights beside their matrices."""
     others = adapter_names(model)
     beside = trained_beside(model) or [f"{module}.weight" for module in file.rows]
@@ -354,7 +302,7 @@ def _check_alone(model: nn.Module, file: AdapterFile, folder: Path) -> None:
         )
 
 
-def _check_fit(model: nn.Module, file: AdapterFile, folder: Path) -> None:
+def _check_fit(model: nn.Module, file: LoRAFile, folder: Path) -> None:
     """Raise CourseError if the model has no place for a tensor of the file."""
     base = file.settings.get("base_model_name_or_path") or "not named"
     layers = surgery.linear_layers(model)
@@ -396,7 +344,7 @@ def _check_fit(model: nn.Module, file: AdapterFile, folder: Path) -> None:
             raise CourseError(f"the adapter in {folder} does not fit: {found}: {advice}")
 
 
-def _put_beside(model: nn.Module, file: AdapterFile) -> None:
+def _put_beside(model: nn.Module, file: LoRAFile) -> None:
     """Put the tensors beside the matrices into the model; they train."""
     _untie(model, file.whole)
     for (path, part), tensor in file.whole.items():
@@ -431,7 +379,7 @@ def _untie(model: nn.Module, whole: Mapping[tuple[str, str], Tensor]) -> None:
         model.config.tie_word_embeddings = False
 
 
-def _named_layers(model: nn.Module, settings: Mapping[str, Any]) -> set[str]:
+def named_layers(model: nn.Module, settings: Mapping[str, Any]) -> set[str]:
     """The layers that the config names by its targets alone; none where it says more about them."""
     targets = settings.get("target_modules")
     if not targets or settings.get("layers_to_transform") or settings.get("exclude_modules"):
@@ -442,34 +390,11 @@ def _named_layers(model: nn.Module, settings: Mapping[str, Any]) -> set[str]:
         return set()
 
 
-def _read(folder: Path) -> AdapterFile:
-    """The files. Raises CourseError for what is missing, damaged, or more than LoRA."""
-    # False where it may not look
-    if os.path.isfile(folder / "adapter_model.bin") and not os.path.isfile(folder / WEIGHTS):
-        raise CourseError(
-            f"{folder} holds a pickle, which can run code when it is read: ask for the adapter as "
-            f"{WEIGHTS}"
-        )
-    for file in (CONFIG, WEIGHTS):
-        if not os.path.isfile(folder / file):
-            raise CourseError(
-                f"{folder} holds no {file}: give a folder that save_adapter or peft wrote"
-            )
-    try:
-        if (folder / sealing.SEAL).exists():
-            sealing.check(folder, others=("README.md",))
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    except sealing.DamagedError as error:
-        advice = f"save it again, or delete {sealing.SEAL} if another program changed it on purpose"
-        raise CourseError(f"the adapter is damaged ({error}): {advice}") from None
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise CourseError(
-            f"the adapter in {folder} is damaged ({first_line(error)}): save or download it again"
-        ) from None
-    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+def _read(folder: Path, settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> LoRAFile:
+    """The files. Raises CourseError for what is more than LoRA."""
+    kind = settings["peft_type"]
     key = "init_r" if kind == "ADALORA" else "r"
-    if kind not in ("LORA", "ADALORA") or not {key, "lora_alpha"} <= settings.keys():
+    if not {key, "lora_alpha"} <= settings.keys():
         raise CourseError(
             f"{folder / CONFIG} does not describe LoRA: expected peft_type LORA, r and lora_alpha; "
             "or ADALORA, init_r and lora_alpha"
@@ -493,11 +418,8 @@ def _read(folder: Path) -> AdapterFile:
     if not isinstance(targets, str | list | None):
         found = f"{folder / CONFIG} has target_modules={targets!r}"
         raise CourseError(f"{found}, expected names of layers: save or download it again")
-    file = AdapterFile(settings, {}, {}, {})
+    file = LoRAFile(settings, {}, {}, {})
     for key, tensor in tensors.items():
-        if not tensor.float().isfinite().all():
-            advice = "get it again, or train again at a lower learning rate"
-            raise CourseError(f"the adapter in {folder} holds NaN or infinity in {key}: {advice}")
         if match := MATRIX[kind].fullmatch(key):
             file.matrices[match.groups()] = tensor
         elif match := ROWS.fullmatch(key):

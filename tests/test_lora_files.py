@@ -1,5 +1,5 @@
-"""Tests of course_lib.peft_format: adapters go to peft and come back, damaged or foreign ones are
-refused in one line.
+"""Tests of course_lib.lora_files: LoRA and what trains beside it go to peft and come back, damaged
+or foreign files are refused in one line.
 """
 
 import json
@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from course_lib import sealing, vocabulary
+from course_lib.adapter_files import CONFIG, WEIGHTS, load_adapter, save_adapter
 from course_lib.lora import add_lora, lora_layers, remove_lora
-from course_lib.peft_format import CONFIG, WEIGHTS, load_adapter, save_adapter
 from course_lib.runtime import CourseError
 from tests.fixtures.models import adapted, fill, fresh_tiny, logits, small_gpt2
 
@@ -76,33 +76,6 @@ def test_a_loaded_adapter_stands_beside_others_and_can_be_trained_on(adapter_fol
     assert all(layer.in_use == {"loaded": 1.0} for layer in lora_layers(model, "loaded").values())
 
 
-def test_a_saved_adapter_replaces_an_older_one_and_nothing_else(adapter_folder):
-    model = adapted(targets=["k_proj"])
-    save_adapter(model, adapter_folder)
-    assert {path.name for path in adapter_folder.iterdir()} == {CONFIG, WEIGHTS, sealing.SEAL}
-    assert len(load_file(adapter_folder / WEIGHTS)) == 2 * model.config.num_hidden_layers
-    (adapter_folder / "notes.txt").write_text("mine")
-    with pytest.raises(CourseError, match="holds something else than an adapter"):
-        save_adapter(model, adapter_folder)
-    assert (adapter_folder / "notes.txt").read_text() == "mine"
-
-
-def test_a_folder_in_the_place_of_a_file_is_not_replaced(adapter_folder):
-    (adapter_folder / WEIGHTS).unlink()
-    # a path to the file where a folder is expected
-    save_adapter(adapted(), adapter_folder / WEIGHTS)
-    with pytest.raises(CourseError, match="holds something else than an adapter"):
-        save_adapter(adapted(), adapter_folder)
-    assert (adapter_folder / WEIGHTS / WEIGHTS).is_file()
-
-
-def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CourseError, match="is the working folder.*: choose a new folder in it"):
-        save_adapter(adapted(), ".")
-    save_adapter(adapted(), "adapter")
-
-
 def test_transposed_and_shared_matrices_are_saved(tmp_path, tiny):
     model = adapted(targets=["q_proj"])
     first, *others = (layer.adapters["default"] for layer in lora_layers(model).values())
@@ -125,13 +98,6 @@ def test_an_adapter_of_several_alphas_is_not_saved_as_one(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path):
-    (tmp_path / "adapter").write_text("mine")
-    with pytest.raises(CourseError, match="cannot be written"):
-        save_adapter(adapted(), tmp_path / "adapter")
-    assert (tmp_path / "adapter").read_text() == "mine"
-
-
 # --- adapters that cannot be loaded or saved; more of them are in tests/faults
 
 
@@ -145,11 +111,6 @@ def test_an_unknown_adapter_is_not_saved(tmp_path, tiny):
     with pytest.raises(CourseError, match="'default' is not known"):
         save_adapter(tiny.model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
-
-
-def test_a_name_longer_than_the_disk_takes_is_one_line(tiny):
-    with pytest.raises(CourseError, match="holds no adapter_config.json"):
-        load_adapter(tiny.model, "x" * 300)
 
 
 # --- what trains beside the matrices
