@@ -205,11 +205,14 @@ def check_ids(
 
 
 def most_positions(model: "PreTrainedModel | PreTrainedConfig") -> float:
-    """How many tokens the model can read at once; infinite where its config names no limit."""
+    """How many tokens of text the model can read at once, behind its virtual tokens if it has some;
+    infinite where its config names no limit.
+    """
     config = getattr(model, "config", model).get_text_config()
     names = ("max_position_embeddings", "max_seq_len")
     limits = (getattr(config, name, None) for name in names)
-    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), math.inf)
+    limit = next((limit for limit in limits if isinstance(limit, int) and limit > 0), math.inf)
+    return limit - getattr(getattr(model, "virtual_tokens", None), "count", 0)
 
 
 def check_examples(

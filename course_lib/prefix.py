@@ -87,10 +87,9 @@ class VirtualTokens(surgery.Addition):
         past: tokens of text in the cache; shape: (N, T)
         """
         tokens, mask, given = shape[1], named.get("attention_mask"), named.get("position_ids")
-        most = most_positions(model)
-        if self.count + past + tokens > most:
+        if past + tokens > (most := most_positions(model)):
             found = f"{past + tokens} tokens behind {self.count} virtual ones"
-            raise CourseError(f"{found} are more than the {most} of this model: shorten the text")
+            raise CourseError(f"{found}, where the model has room for {most}: shorten the text")
         if given is None and mask is not None and mask.dim() == 2:
             given = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens:]
         if given is None:

@@ -323,10 +323,12 @@ def quantize_layers(
     packed ones, and freeze the whole model: an adapter trains.
 
     levels: at most 16; NF4's if None
-    Raises CourseError before anything is changed: for a layer that is quantised or wrapped already
-    or stands in two places, and where a weight is not finite.
+    Raises CourseError before anything is changed: for a model with virtual tokens or adapters, for
+    a layer that is quantised or wrapped already or stands in two places, and where a weight is not
+    finite.
     """
     surgery.check_model(model)
+    surgery.check_no_additions(model)
     levels = _check_levels(nf4_levels() if levels is None else levels)
     layers, shared = surgery.find_layers(model, targets), surgery.shared_weights(model)
     for path, layer in layers.items():

@@ -6,6 +6,7 @@ import pytest
 PROMISED = {f"F{number}" for number in (*range(1, 15), 16, 17, 18, *range(21, 30), 34, 35)}
 PROMISED |= {f"D2.{number}" for number in range(1, 14)}
 PROMISED |= {f"D3.{number}" for number in range(1, 9)}
+PROMISED |= {"F19"} | {f"D5.{number}" for number in range(1, 10)}
 
 
 def test_every_promised_fault_is_made_to_happen(request: pytest.FixtureRequest):

@@ -29,13 +29,20 @@ from course_lib.adapters import (
     train_biases,
     train_norms,
 )
-from course_lib.batching import collate, collate_packed, encode_records
+from course_lib.batching import (
+    Example,
+    collate,
+    collate_packed,
+    encode_records,
+    most_positions,
+)
 from course_lib.lora import DoRALinear, add_lora, merged_copy
 from course_lib.memory import checkpoint_blocks
 from course_lib.objective import supervised_loss
 from course_lib.prefix import add_prefix, add_soft_prompt, states_of, virtual_tokens
 from course_lib.qlora import quantize_layers
 from course_lib.runtime import CourseError
+from course_lib.training import finetune
 from tests.fixtures.models import IDS, small_gpt2
 from tests.fixtures.runs import RECORDS
 
@@ -253,10 +260,33 @@ def test_a_model_of_peft_is_refused(tiny, survived):
 def test_a_text_that_no_longer_fits_is_refused(name, survived):
     model = small_gpt2()
     ADDED[name](model)
-    message = "62 tokens behind 4 virtual ones are more than the 64 of this model: shorten"
+    message = "62 tokens behind 4 virtual ones, where the model has room for 60: shorten"
     action = lambda: model(torch.ones(1, 62, dtype=torch.int64))  # noqa: E731
     survived(**refused(action, model, message))
     assert model(torch.ones(1, 60, dtype=torch.int64)).logits.shape[1] == 60
+
+
+@pytest.mark.fault("D5.6", "training {name} of 4 on an example that no longer fits behind it")
+@pytest.mark.parametrize("name", VIRTUAL)
+def test_an_example_that_no_longer_fits_is_refused_before_the_first_step(
+    name, tiny, machine, survived
+):
+    ADDED[name](tiny.model)
+    most = most_positions(tiny.model)
+    assert most == tiny.model.config.max_position_embeddings - virtual_tokens(tiny.model).count
+    examples = [Example([5] * length, [5] * length) for length in (most, most + 1)]
+    settings = {"steps": 1, "batch_size": 1, "learning_rate": 1e-3, "progress": False}
+    action = lambda: finetune(tiny, examples, machine, **settings)  # noqa: E731
+    message = f"example 2 has {most + 1} tokens, the model takes {most}"
+    survived(**refused(action, tiny.model, message))
+
+
+@pytest.mark.fault("D5.5", "quantize_layers of a model with {name}")
+@pytest.mark.parametrize("name", ADDED)
+def test_what_was_put_in_is_not_quantised_with_the_base(name, tiny, survived):
+    ADDED[name](tiny.model)
+    action = lambda: quantize_layers(tiny.model)  # noqa: E731
+    survived(**refused(action, tiny.model, "remove_"))
 
 
 @pytest.mark.fault("D5.6", "states_of {what}")
