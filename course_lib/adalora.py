@@ -74,6 +74,10 @@ class SVDLinear(LinearWrapper):
         """(rank,) bool: the triplets that the layer has; between two prunings one can come back."""
         return ~self.pruned | (self.singular != 0)
 
+    def scales(self) -> float:
+        """What tells a run with it from another, beside weights."""
+        return self.scale
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out). Scales where a position has only r numbers."""
         h = self.base(x)

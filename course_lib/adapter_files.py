@@ -320,6 +320,11 @@ def _tokens(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _token_shapes(model: nn.Module, settings: Settings, tensors: Tensors) -> Shapes:
     count = _number(settings, "num_virtual_tokens")
     if settings["peft_type"] == "PREFIX_TUNING":
+        layers, heads, width = prefix.size_of(model)
+        said = [settings.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")]
+        if said not in ([None] * 3, [layers, heads, heads * width]):
+            found = f"layers, heads, width {said}, expected {[layers, heads, heads * width]}"
+            raise CourseError(f"the prefix is of another base: {found}: load that one")
         return {TABLE: (count, _prefix_width(model))}
     return {TABLE: (count, model.get_input_embeddings().weight.shape[1])}
 

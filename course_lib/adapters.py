@@ -44,6 +44,7 @@ WRITERS = {  # by family: the layers whose output is added to the stream of a bl
     "phi": ["dense", "fc2"],
 } | {family: ["o_proj", "down_proj"] for family in ("gemma", "llama", "mistral", "qwen2", "qwen3")}
 PARALLEL_SCALE = 4.0  # of He et al.
+SUREST = -1e-6  # log-probability that unlikelihood still pushes down; at 0 it would be infinite
 
 
 class Bottleneck(nn.Module):
@@ -55,6 +56,10 @@ class Bottleneck(nn.Module):
         self.scale = scale
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
+
+    def scales(self) -> float:
+        """What tells a run with it from another, beside weights."""
+        return self.scale
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * self.up(relu(self.down(x)))
@@ -421,6 +426,6 @@ def choice_losses(choices: Sequence[Tensor], right: int) -> dict[str, Tensor]:
     means = torch.stack([one.mean() for one in choices])
     return {
         "LM": -means[right],
-        "unlikelihood": -torch.log1p(-others.exp()).mean(),
+        "unlikelihood": -torch.log1p(-others.clamp(max=SUREST).exp()).mean(),
         "length-normalised": -means.log_softmax(0)[right],
     }

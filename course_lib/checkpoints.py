@@ -37,10 +37,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from course_lib import sealing
-from course_lib.adalora import adalora_layers
 from course_lib.batching import Example
-from course_lib.lora import lora_layers
 from course_lib.runtime import CourseError, first_line
+from course_lib.surgery import uncompiled
 
 if TYPE_CHECKING:
     from course_lib.models import Loaded
@@ -279,10 +278,11 @@ def identity(
 ) -> dict[str, Any]:
     """What makes a run the one it is, beside its numbers. drawn: its examples in their order."""
     shapes = {name: list(weight.shape) for name, weight in trained_weights(base.model).items()}
-    adapters = {  # the scales of those that are in use
-        path: {name: weight * layer.adapters[name].scale for name, weight in layer.in_use.items()}
-        for path, layer in lora_layers(base.model).items()
-    } | {path: layer.scale for path, layer in adalora_layers(base.model).items()}
+    adapters = {  # what their layers compute with beside weights
+        path: module.scales()
+        for path, module in uncompiled(base.model).named_modules()
+        if hasattr(module, "scales")
+    }
     return {
         "base": base.name,
         "processes": PartialState().num_processes,

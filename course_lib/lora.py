@@ -137,6 +137,10 @@ class LoRALinear(LinearWrapper):
             ]
         )
 
+    def scales(self) -> dict[str, float]:
+        """What tells a run with it from another, beside weights: of the updates in use."""
+        return {name: weight * self.adapters[name].scale for name, weight in self.in_use.items()}
+
     def delta(self) -> Tensor:
         """What the updates in use add to the weight, (d_out, d_in): the sum of weight (alpha / r) B
         A.

@@ -15,6 +15,7 @@ The parameters have the layout of peft, and its starts: normal numbers, or zeros
 Two things differ. A prefix enters in the attention function, and not as a cache, which activation
 checkpointing would switch off without a word; so checkpointing and packed rows are right, too. And
 positions are counted from the mask, so that a row padded on the left computes what it does alone.
+Where attention has a sliding window, a prefix stays in it, which a text in front would not.
 
 Letters: P virtual tokens, T tokens of text, L layers, H heads of keys, d their width, C = H d; of
 vectors before the embeddings C is the width of the model.
@@ -307,7 +308,7 @@ def add_prefix(
     prefix = Prefix(table, network, heads, width)
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
-    before = dict(vars(model.config))
+    before, alone = dict(vars(model.config)), _two_logits(model)
     with quiet_transformers():
         model.set_attn_implementation(NAME)
     prefix.config = {
@@ -315,9 +316,25 @@ def add_prefix(
         for name, value in vars(model.config).items()
         if value is not before[name]
     }
+    if alone is not None and not torch.allclose(_two_logits(model), alone, rtol=0.02, atol=0.02):
+        vars(model.config).update(prefix.config)
+        found = f"a {type(model).__name__} has attention of its own, such as with sinks"
+        raise CourseError(f"{found}, so a prefix cannot enter: try add_soft_prompt")
     for number, layer in enumerate(attention):
         setattr(layer, NAME, (prefix, number))  # a tuple, so that it is not a part of the layer
     _install(model, prefix)
+
+
+def _two_logits(model: "PreTrainedModel") -> Tensor | None:
+    """Logits of a text of two tokens; None where tensors have no numbers."""
+    if model.device.type == "meta":
+        return None
+    training = model.training
+    with torch.no_grad():
+        ids = torch.arange(2, device=model.device)[None]
+        found = model.eval()(input_ids=ids).logits.float()
+    model.train(training)
+    return found
 
 
 def add_soft_prompt(
@@ -347,7 +364,8 @@ def add_soft_prompt(
         if _is(start, "vocabulary"):
             start = torch.randint(count, (tokens,)).tolist()
         if isinstance(start, Sequence) and not isinstance(start, str):
-            start = embeddings.detach()[_checked_ids(start, model)]
+            ids = torch.tensor(_checked_ids(start, model), device=model.device)
+            start = model.get_input_embeddings()(ids).detach()  # some scale what they look up
         table = _table(tokens, width, start, '"vocabulary", or as many ids')
         network = _encoders(width, hidden)[encoder]() if encoder else None
     _install(model, SoftPrompt(table, network))
@@ -450,9 +468,12 @@ def check_free(model: nn.Module, seed: int = 0) -> None:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """torch's generator of the CPU set to a seed, and as before afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of GPUs, too
+    try:
         yield
+    finally:
+        torch.set_rng_state(before)
 
 
 def _install(model: "PreTrainedModel", tokens: VirtualTokens) -> None:

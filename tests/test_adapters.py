@@ -391,6 +391,44 @@ def test_the_seed_decides_the_start_and_the_global_generator_stays(method, tiny)
         assert torch.equal(weight, same)
 
 
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda model, seed: add_bottlenecks(model, 4, seed=seed),
+        lambda model, seed: add_parallel(model, 4, seed=seed),
+        lambda model, seed: add_mam(model, 3, 4, seed=seed),
+        lambda model, seed: add_unipelt(model, 3, 2, 4, seed=seed),
+        lambda model, seed: add_prefix(model, 3, hidden=4, seed=seed),
+        lambda model, seed: add_soft_prompt(model, 3, start="vocabulary", seed=seed),
+    ],
+)
+def test_another_seed_is_another_start(add, tiny):
+    models = {seed: copy.deepcopy(tiny.model) for seed in (1, 2)}
+    for seed, model in models.items():
+        add(model, seed)
+    pairs = zip(models[1].parameters(), models[2].parameters(), strict=True)
+    assert not all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_run_of_another_scale_is_another_run(machine, tmp_path):
+    settings = {"folder": tmp_path / "run", "save_every": 2, "learning_rate": 1e-2, "steps": 2}
+    for scale in (4.0, 1.0):
+        base = fresh_tiny()
+        add_parallel(base.model, 4, scale)
+        if scale == 4.0:
+            train(machine, base, **settings)
+        else:
+            with pytest.raises(CourseError, match="trained weights"):
+                train(machine, base, **settings)
+
+
+def test_no_generator_of_a_gpu_is_seeded(tiny, monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    add_prefix(tiny.model, 3)
+    assert not seeded
+
+
 @every_method
 def test_a_run_lowers_the_loss_leaves_the_base_and_resumes(method, machine, tmp_path):
     def run(name, base=None, **options):

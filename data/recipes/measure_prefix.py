@@ -131,7 +131,7 @@ WEEK = {  # method and its settings: rates that were tried on the validation que
     ("P-tuning, MLP", "random"): (1e-3, 3e-3, 1e-2, 3e-2),
     ("prefix tuning, MLP", "random"): (1e-3, 3e-3, 1e-2),
     ("prefix tuning", "zero"): (1e-2, 3e-2, 1e-1, 3e-1),
-    ("prefix tuning", "text"): (3e-3, 1e-2, 3e-2, 1e-1),
+    ("prefix tuning", "text"): (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     ("bottleneck adapters", ""): (1e-3, 3e-3, 1e-2),
     ("MAM", ""): (1e-3, 3e-3, 1e-2),
     ("UniPELT", ""): (1e-3, 3e-3, 1e-2),
@@ -167,17 +167,17 @@ def week_rates(machine: Machine) -> Sweep:
 
 
 WEEK_BEST = {  # by `week_rates`
-    ("prompt tuning", "vocabulary"): 3e-2,
-    ("P-tuning, MLP", "random"): 1e-2,
+    ("prompt tuning", "vocabulary"): 1e-1,
+    ("P-tuning, MLP", "random"): 3e-2,
     ("prefix tuning, MLP", "random"): 3e-3,
-    ("prefix tuning", "zero"): 3e-2,
-    ("prefix tuning", "text"): 1e-2,
+    ("prefix tuning", "zero"): 3e-1,
+    ("prefix tuning", "text"): 1e-1,
     ("bottleneck adapters", ""): 3e-3,
     ("MAM", ""): 3e-3,
-    ("UniPELT", ""): 1e-2,
+    ("UniPELT", ""): 3e-3,
     ("IA3", ""): 3e-2,
     ("BitFit", ""): 1e-2,
-    ("norm tuning", ""): 3e-2,
+    ("norm tuning", ""): 1e-2,
 }
 
 
@@ -191,12 +191,12 @@ def week(machine: Machine) -> Sweep:
 
 
 def lengths(machine: Machine) -> Sweep:
-    """Prefixes of tiny from zeros, of several lengths, each at two learning rates."""
+    """Prefixes of tiny from a random start, of several lengths, each at two learning rates."""
     task = world_experiment()
     methods = [
-        Method("prefix tuning", rate, {"start": "zero", "tokens": tokens}, prepare)
+        Method("prefix tuning", rate, {"start": "random", "tokens": tokens}, prepare)
         for tokens in (1, 5, 20, 80)
-        for prepare in [virtual("prefix tuning", "zero", task.train, tokens)]
+        for prepare in [virtual("prefix tuning", "random", task.train, tokens)]
         for rate in (3e-1, 1.0)
     ]
     return compare(methods, task, machine)

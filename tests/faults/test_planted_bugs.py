@@ -28,8 +28,8 @@ BUGS = {
     ),
     "EOS dropped": (
         "course_lib/batching.py",
-        "answer_ids = [*encode_text(record.output, tokenizer), tokenizer.eos_token_id]",
-        "answer_ids = encode_text(record.output, tokenizer)",
+        "answer_ids = [*encode_text(answer, tokenizer), tokenizer.eos_token_id]",
+        "answer_ids = encode_text(answer, tokenizer)",
         "tests/test_batching.py::test_only_the_answer_and_eos_are_trained[tiny]",
     ),
     "a checkpoint sealed without its optimizer": (
