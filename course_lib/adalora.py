@@ -74,7 +74,7 @@ class SVDLinear(LinearWrapper):
         """(rank,) bool: the triplets that the layer has; between two prunings one can come back."""
         return ~self.pruned | (self.singular != 0)
 
-    def scales(self) -> float:
+    def identity(self) -> float:
         """What tells a run with it from another, beside weights."""
         return self.scale
 

@@ -57,7 +57,7 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def scales(self) -> float:
+    def identity(self) -> float:
         """What tells a run with it from another, beside weights."""
         return self.scale
 

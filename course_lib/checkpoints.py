@@ -279,9 +279,9 @@ def identity(
     """What makes a run the one it is, beside its numbers. drawn: its examples in their order."""
     shapes = {name: list(weight.shape) for name, weight in trained_weights(base.model).items()}
     adapters = {  # what their layers compute with beside weights
-        path: module.scales()
+        path: module.identity()
         for path, module in uncompiled(base.model).named_modules()
-        if hasattr(module, "scales")
+        if hasattr(module, "identity")
     }
     return {
         "base": base.name,

@@ -137,7 +137,7 @@ class LoRALinear(LinearWrapper):
             ]
         )
 
-    def scales(self) -> dict[str, float]:
+    def identity(self) -> dict[str, float]:
         """What tells a run with it from another, beside weights: of the updates in use."""
         return {name: weight * self.adapters[name].scale for name, weight in self.in_use.items()}
 

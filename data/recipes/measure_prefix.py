@@ -203,11 +203,11 @@ def lengths(machine: Machine) -> Sweep:
 
 
 FAR = {  # method and start: rates
-    ("prompt tuning", "vocabulary"): (3e-2, 1e-1),
-    ("prefix tuning", "text"): (3e-1, 1.0),
-    ("IA3", ""): (3e-2, 1e-1),
-    ("norm tuning", ""): (1e-2, 3e-2),
-    ("bottleneck adapters", ""): (3e-3, 1e-2),
+    ("prompt tuning", "vocabulary"): (3e-2, 1e-1, 3e-1),
+    ("prefix tuning", "text"): (3e-1, 1.0, 3.0),
+    ("IA3", ""): (3e-2, 1e-1, 3e-1),
+    ("norm tuning", ""): (1e-2, 3e-2, 1e-1),
+    ("bottleneck adapters", ""): (3e-3, 1e-2, 3e-2),
 }
 
 
@@ -227,7 +227,7 @@ def far(machine: Machine) -> Sweep:
 
 RATES_OF_ANSWERS = ("valid JSON", "right topic", "right answer")
 TRAINED = "ten examples, a trained prefix"
-EXAMPLES_STEPS, EXAMPLES_RATE = 30, 3e-3  # the rate by `examples_rates`
+EXAMPLES_STEPS, EXAMPLES_RATE = 30, 3e-2  # the rate by `examples_rates`
 
 
 def with_examples(machine: Machine) -> tuple[Loaded, list[int]]:
@@ -264,7 +264,7 @@ def examples_rates(machine: Machine) -> Sweep:
     answer right, one seed: 30 steps at several learning rates.
     """
     validation, outcomes = evaluation.read_task("validation"), []
-    for rate in (1e-3, 3e-3, 1e-2):
+    for rate in (1e-2, 3e-2, 1e-1):
         base, prompt, run = trained_examples(machine, rate, 0)
         scores, _ = scores_of(base, next_turns(base, prompt, validation), validation)
         settings = {"steps": EXAMPLES_STEPS, "learning rate": rate}

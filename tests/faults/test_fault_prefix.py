@@ -192,7 +192,7 @@ NO_PREFIX = {
     "BLOOM": "takes no positions, so it takes no virtual tokens",
     "MPT": "takes no positions, so it takes no virtual tokens",
     "Falcon": "a FalconForCausalLM does not call transformers' attention interface, so a prefix",
-    "Gemma 2": "a Gemma2ForCausalLM does not compute with them .*softcap",
+    "Gemma 2": "a Gemma2ForCausalLM has attention of its own",
 }
 
 
