@@ -45,7 +45,8 @@ METHODS = {  # what puts the weights of a method into a model: size, targets of 
 class Shape:
     """What a method makes of a model: numbers of weights, and bytes for each token.
 
-    base: weights of the model itself; linear: of them, those of the layers that QLoRA quantises
+    base: weights of the model itself; frozen: of them, those that do not train; linear: those of
+        the layers that QLoRA quantises
     trained: weights that train in each block, and trained_outside of the blocks; embeddings: of
         them, those of the input, which are the head if `tied`
     kept: for the backward pass, in each block, and pairs: for each token of a row and each other;
@@ -55,6 +56,7 @@ class Shape:
     """
 
     base: int
+    frozen: int
     linear: int
     trained: tuple[int, ...]
     trained_outside: int
@@ -91,9 +93,12 @@ def shape_of(
     base = _base(name)
     model = copy.deepcopy(base.model).to(dtype)
     blocks, head = memory.blocks_of(model), model.get_output_embeddings()
+    before = {id(weight) for weight in model.parameters()}
     with torch.device("meta"):
         METHODS[method](model, size, targets)
     trained = tuple(surgery.count_parameters(block).trained for block in blocks)
+    own = [_own_trained(block, before) for block in blocks]
+    own.append(_own_trained(model, before) - sum(own) + own[-1] * base.left_out)
     embeddings = model.get_input_embeddings().weight
     try:
         one = _kept(model, blocks, autocast, padded, PROBE)
@@ -113,6 +118,7 @@ def shape_of(
     inputs = tuple(count / one.tokens for count in one.inputs)
     return Shape(
         base=base.weights,
+        frozen=base.weights - sum(own),
         linear=base.linear,
         trained=trained + trained[-1:] * base.left_out,
         trained_outside=surgery.count_parameters(model).trained - sum(trained),
@@ -127,6 +133,12 @@ def shape_of(
         widest=base.widest,
         largest=base.largest,
     )
+
+
+def _own_trained(module: nn.Module, before: set[int]) -> int:
+    """How many weights train that were there before the method came; before: their ids."""
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    return sum(weight.numel() for weight in weights if id(weight) in before)
 
 
 @dataclass(frozen=True)

@@ -219,8 +219,7 @@ def bills(recipe: Recipe) -> list[Bill]:
 def _always(recipe: Recipe) -> dict[str, int]:
     """What is there in each moment."""
     shape, size, trained = _shape(recipe), SIZES[recipe.dtype], trained_weights(recipe)
-    frozen = shape.base - trained if recipe.method in ("full", "norms") else shape.base
-    stored = frozen * size
+    stored = shape.frozen * size
     if recipe.method == "qlora":
         stored += shape.linear * (qlora.bits_per_weight() / 8 - size)
     trained_size = SIZES[recipe.trained]

@@ -44,7 +44,7 @@ from course_lib.prefix import add_prefix, add_soft_prompt
 from course_lib.qlora import quantize_layers
 from course_lib.runtime import CourseError
 from course_lib.surgery import count_parameters, is_quantized, linear_layers
-from tests.fixtures.models import IDS, fresh_tiny, logits, small_gpt2
+from tests.fixtures.models import IDS, fresh_tiny, logits, small_gpt2, with_random_biases
 from tests.fixtures.runs import RECORDS, train
 
 VIRTUAL = {
@@ -78,23 +78,13 @@ def small_llama(**options):
         num_attention_heads=4,
         **options,
     )
-    return with_biases(AutoModelForCausalLM.from_config(config))
-
-
-def with_biases(model):
-    """The biases a model has, random instead of zero."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("bias"):
-                weight.normal_(std=0.3)
-    return model.eval()
+    return with_random_biases(AutoModelForCausalLM.from_config(config))
 
 
 BASES = {
     "tiny": lambda: fresh_tiny().model,
     "llama with biases": lambda: small_llama(attention_bias=True, mlp_bias=True),
-    "gpt2": lambda: with_biases(small_gpt2()),
+    "gpt2": lambda: with_random_biases(small_gpt2()),
 }
 every_base = pytest.mark.parametrize("base", BASES)
 

@@ -140,6 +140,19 @@ def test_methods_train_as_many_weights_as_their_formula_says(tiny, method, size,
     assert all(count > 0 for count in shape.kept)
 
 
+@pytest.mark.parametrize("method", ["full", "norms", "bitfit"])
+def test_what_trains_of_the_model_itself_is_not_frozen_as_well(method, tmp_path):
+    AutoConfig.for_model("gpt2").save_pretrained(tmp_path)  # with biases
+    shape = dryrun.shape_of(str(tmp_path), method, 0, ALL, torch.float32, None, True)
+    assert shape.frozen + sum(shape.trained) + shape.trained_outside == shape.base
+
+
+@pytest.mark.parametrize(("method", "size"), [("lora", 8), ("prefix", 20), ("bitfit", 0)])
+def test_what_a_method_adds_leaves_the_whole_model_frozen(method, size):
+    shape = dryrun.shape_of("tiny", method, size, ALL, torch.float32, None, True)
+    assert shape.frozen == shape.base
+
+
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "phi3", "olmo2", "gpt_neox"])
 def test_any_dense_family_is_counted(family, tmp_path):
     AutoConfig.for_model(family).save_pretrained(tmp_path)

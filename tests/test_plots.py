@@ -115,6 +115,12 @@ def test_layers_are_a_row_a_matrix_and_a_column_a_block():
     assert {text.get_text() for text in axes.texts} == {"4"}
 
 
+def test_a_block_has_a_green_box_and_a_text_for_each_place_that_is_named():
+    plain, full = plots.plot_block({}), plots.plot_block({"prefix": "40", "IA3": "9"})
+    assert len(full.patches) - len(plain.patches) == 1 + 3  # keys and values; k, v and down
+    assert {text.get_text() for text in full.texts} > {"prefix", "40", "IA3", "9", "attention"}
+
+
 def test_dots_show_every_seed_the_mean_and_its_number():
     axes = plots.plot_dots({"q": [86.0, 88.0], "all": [90.5]}, "Alike", "%", marked=["all"])
     assert [group.get_offsets().tolist() for group in axes.collections] == [

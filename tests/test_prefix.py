@@ -24,20 +24,11 @@ from course_lib.prefix import (
     virtual_tokens,
 )
 from course_lib.runtime import CourseError
-from tests.fixtures.models import IDS, fresh_tiny, logits, small_gpt2
+from tests.fixtures.models import IDS, fresh_tiny, logits, small_gpt2, with_random_biases
 from tests.fixtures.runs import RECORDS
 
 P = 4
 TEXT = [3, 11, 7, 2]
-
-
-def random_biases(model):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("bias"):
-                weight.normal_(std=0.3)
-    return model.eval()
 
 
 def small_qwen2():
@@ -54,13 +45,13 @@ def small_qwen2():
         eos_token_id=2,
         tie_word_embeddings=False,
     )
-    return random_biases(AutoModelForCausalLM.from_config(config))
+    return with_random_biases(AutoModelForCausalLM.from_config(config))
 
 
 BASES = {
     "tiny": lambda: fresh_tiny().model,
     "qwen2": small_qwen2,
-    "gpt2": lambda: random_biases(small_gpt2()),
+    "gpt2": lambda: with_random_biases(small_gpt2()),
 }
 every_base = pytest.mark.parametrize("base", BASES)
 KINDS = {  # name: what adds it here, and in peft
