@@ -12,8 +12,8 @@ The keys and values of a prefix are those that a prompt of P tokens would have l
 So `states_of` a text is a prefix, and a prefix is a prompt whose inside can be trained.
 
 The parameters have the layout of peft, and its starts: normal numbers, or zeros.
-Two things differ. A prefix enters in the attention function, and not as a cache, which activation
-checkpointing would switch off without a word; so checkpointing and packed rows are right, too. And
+Two things differ. A prefix enters in the attention function, and not as a cache, which transformers
+takes away under activation checkpointing; so checkpointing and packed rows are right, too. And
 positions are counted from the mask, so that a row padded on the left computes what it does alone.
 Where attention has a sliding window, a prefix stays in it, which a text in front would not.
 
