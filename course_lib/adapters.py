@@ -233,6 +233,8 @@ def add_ia3(
     Raises CourseError before anything is changed.
     """
     _check(model)
+    if targets is None and feedforward is not None:
+        raise CourseError("feedforward without targets: give both, or neither for the defaults")
     known, inputs = _ia3_targets(model) if targets is None else (targets, feedforward or [])
     layers = surgery.find_layers(model, known)
     on_input = surgery.find_layers(model, inputs) if inputs else {}
@@ -263,6 +265,7 @@ def _ia3_targets(model: nn.Module) -> tuple[Targets, Targets]:
 
 def norms(model: nn.Module) -> dict[str, nn.Module]:
     """The normalisations, by name."""
+    surgery.check_model(model)
     return {
         path: one
         for path, one in surgery.uncompiled(model).named_modules()
@@ -271,9 +274,15 @@ def norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def train_norms(model: nn.Module, names: Collection[str] | None = None) -> None:
-    """Train the weights and biases of the normalisations alone; None takes all of them."""
-    surgery.check_model(model)
-    _train(model, [one for path, one in norms(model).items() if names is None or path in names])
+    """Train the weights and biases of the normalisations alone; None takes all of them. Raises
+    CourseError for a name that none has.
+    """
+    known = norms(model)
+    names = known if names is None else [names] if isinstance(names, str) else names
+    if unknown := [name for name in names if name not in known]:
+        found = f"{unknown[0]!r} is no normalisation of a {type(model).__name__}"
+        raise CourseError(f"{found}: take names of adapters.norms(model)")
+    _train(model, [known[name] for name in names])
 
 
 def train_biases(model: nn.Module) -> None:
@@ -343,6 +352,7 @@ def remove_adapters(model: nn.Module) -> None:
     """Take out whatever this module put in, and virtual tokens: the model is the base again, and
     all its weights can train. A model that has none stays as it is.
     """
+    surgery.check_model(model)
     model = surgery.uncompiled(model)
     found = beside(model) | ia3_layers(model)
     for path in sorted(found, key=len, reverse=True):
@@ -377,6 +387,7 @@ def stream_writers(model: nn.Module) -> list[str]:
 
 def feedforward_modules(model: nn.Module) -> list[str]:
     """The names of the feed-forward modules, one in each block."""
+    surgery.check_model(model)
     blocks = memory.blocks_of(surgery.uncompiled(model))
     names = {id(module): path for path, module in surgery.uncompiled(model).named_modules()}
     found = [f"{names[id(block)]}.mlp" for block in blocks if hasattr(block, "mlp")]
@@ -390,8 +401,9 @@ def feedforward_modules(model: nn.Module) -> list[str]:
 def _check(model: nn.Module, bottleneck: int = 1, seed: int = 0, scale: float = 1.0) -> None:
     """Raise CourseError if the model can have no such adapter."""
     prefix.check_free(model, seed)
-    if type(bottleneck) is not int or bottleneck < 1:
-        raise CourseError(f"bottleneck={bottleneck!r} must be a whole number above 0, such as 64")
+    if type(bottleneck) is not int or not 1 <= bottleneck <= prefix.WIDEST:
+        found = f"bottleneck={bottleneck!r} must be a whole number in 1..{prefix.WIDEST}"
+        raise CourseError(f"{found}, such as 64")
     if not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise CourseError(f"scale={scale!r} must be a finite number above 0, such as 4")
 

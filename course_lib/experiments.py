@@ -410,7 +410,8 @@ def _run(method: Method, seed: int, experiment: Experiment, machine: Machine) ->
 
 def at_best_rates(sweep: Sweep, measure: str) -> Sweep:
     """Of each method with its settings the runs at one learning rate: the one with the best mean of
-    `measure`, which is the lowest of nats and perplexities, the highest of percentages.
+    `measure`, which is the lowest of nats and perplexities, the highest of percentages. CourseError
+    if one rate has more seeds than another.
 
     >>> runs = [
     ...     Outcome("LoRA", {"rank": 2, "learning rate": rate}, 0, 8, {"exact match": score})
@@ -425,9 +426,12 @@ def at_best_rates(sweep: Sweep, measure: str) -> Sweep:
     for runs in sweep.by_label().values():
         fixed = {name: value for name, value in runs[0].settings.items() if name != "learning rate"}
         label = replace(runs[0], settings=fixed).label
+        so_far = best.get(label, runs)
+        if len(runs) != len(so_far):  # the fewer there are, the more chance decides
+            found = f"{runs[0].label} has {len(runs)} seeds, another rate {len(so_far)}"
+            raise CourseError(f"{found}: measure as many of each rate")
         means = [
-            sign * statistics.mean(run.scores[measure] for run in some)
-            for some in (runs, best.get(label, runs))
+            sign * statistics.mean(run.scores[measure] for run in some) for some in (runs, so_far)
         ]
         if means[0] >= means[1]:
             best[label] = runs

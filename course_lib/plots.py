@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from IPython.display import HTML
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
+    from matplotlib.text import Annotation
 
 INK, ACCENT, GOOD, PALE = "#1b263b", "#d1495b", "#2a9d8f", "#cfd8dc"
 MUTED = "#5c656d"
@@ -154,11 +155,13 @@ def plot_points(
     title: str,
     xlabel: str,
     ylabel: str,
+    log_x: bool = False,
 ) -> "Axes":
     """A dot a run, a color and a marker a group; thin lines lead from the runs of one label to
     their mean, where the label stands. points: group -> label -> (x, y) pairs.
     """
-    axes = _axes(title)
+    axes, names = _axes(title), []
+    axes.set_xscale("log" if log_x else "linear")
     for (group, labels), color, marker in zip(points.items(), COLORS, "os^Dv", strict=False):
         pairs = [pair for runs in labels.values() for pair in runs]
         axes.scatter(*zip(*pairs, strict=True), color=color, marker=marker, s=45, label=group)
@@ -166,10 +169,25 @@ def plot_points(
             x, y = (sum(values) / len(runs) for values in zip(*runs, strict=True))
             for run in runs:
                 axes.plot([x, run[0]], [y, run[1]], color=color, linewidth=0.6)
-            axes.annotate(label, (x, y), (3, 3), textcoords="offset points", color=color)
+            names.append(
+                axes.annotate(label, (x, y), (3, 3), textcoords="offset points", color=color)
+            )
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(frameon=False)
+    _move_apart(names, axes)
     return axes
+
+
+def _move_apart(names: Sequence["Annotation"], axes: "Axes") -> None:
+    """Move a name up, the lowest first, until it covers no other."""
+    axes.get_ylim()  # settles where the points are
+    placed = []
+    for name in sorted(names, key=lambda name: name.xy[1]):
+        across, up = name.get_position()
+        while name.get_window_extent().count_overlaps(placed):
+            up += 1
+            name.set_position((across, up))
+        placed.append(name.get_window_extent())
 
 
 def plot_seeds(

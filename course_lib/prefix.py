@@ -15,7 +15,8 @@ The parameters have the layout of peft, and its starts: normal numbers, or zeros
 Two things differ. A prefix enters in the attention function, and not as a cache, which transformers
 takes away under activation checkpointing; so checkpointing and packed rows are right, too. And
 positions are counted from the mask, so that a row padded on the left computes what it does alone.
-Where attention has a sliding window, a prefix stays in it, which a text in front would not.
+Where attention has a sliding window, a prefix stays in it, which a text in front would not; a soft
+prompt leaves it like a text, and sooner in a row that is padded on the left.
 
 Letters: P virtual tokens, T tokens of text, L layers, H heads of keys, d their width, C = H d; of
 vectors before the embeddings C is the width of the model.
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 NAME = "prefix"  # of the attention function
 LSTM_LAYERS = 2  # as in peft
+WIDEST = 2**16  # a network, or a bottleneck
 
 
 class VirtualTokens(surgery.Addition):
@@ -230,6 +232,7 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
 
     Raises CourseError for a model in which they cannot be told.
     """
+    surgery.check_model(model)
     found = [
         [one for one in block.modules() if hasattr(one, "layer_idx") and hasattr(one, "is_causal")]
         for block in memory.blocks_of(surgery.uncompiled(model))
@@ -244,6 +247,7 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
 
 def size_of(model: nn.Module) -> tuple[int, int, int]:
     """(L, H, d): layers, heads of keys and values, width of a head."""
+    surgery.check_model(model)
     text = model.config.get_text_config()
     layers = text.num_hidden_layers
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -424,8 +428,8 @@ def _check_network(hidden: int | None, start: object) -> None:
     """Raise CourseError if no network of this width can make the virtual tokens."""
     if hidden is None:
         return
-    if type(hidden) is not int or hidden < 1:
-        raise CourseError(f"hidden={hidden!r} must be a whole number above 0, such as 128")
+    if type(hidden) is not int or not 1 <= hidden <= WIDEST:
+        raise CourseError(f"hidden={hidden!r} must be a whole number in 1..{WIDEST}, such as 128")
     if not isinstance(start, str) or start == "vocabulary":
         advice = "leave hidden and encoder out, or start at random"
         raise CourseError(f"a network cannot be made to give a start: {advice}")
@@ -538,8 +542,17 @@ def fold(model: nn.Module) -> None:
 
 def remove_virtual_tokens(model: nn.Module) -> None:
     """Take them out; the model is the base again, and all its weights can train. A model that has
-    none stays as it is.
+    none stays as it is. Raises CourseError where they are a part of MAM or UniPELT.
     """
+    surgery.check_model(model)
     if virtual_tokens(model) is not None:
+        additions = [
+            one
+            for one in surgery.uncompiled(model).modules()
+            if isinstance(one, surgery.Addition) and not isinstance(one, VirtualTokens)
+        ]
+        if additions:
+            found = "the virtual tokens are a part of a method that has adapters, too"
+            raise CourseError(f"{found}: take it out whole, with adapters.remove_adapters")
         _take_out(surgery.uncompiled(model))
         surgery.restore(model)

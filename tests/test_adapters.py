@@ -4,6 +4,7 @@ sees no later token, trains alone, and goes without a trace.
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -29,8 +30,10 @@ from course_lib.adapters import (
     add_unipelt,
     beside,
     choice_losses,
+    feedforward_modules,
     ia3_layers,
     log_probabilities,
+    norms,
     originals_of,
     remove_adapters,
     train_biases,
@@ -534,3 +537,44 @@ def test_a_compiled_model_is_changed_and_restored_as_the_model_in_it(method, tin
 def test_choices_without_a_loss_are_refused(choices, right, message):
     with pytest.raises(CourseError, match=message):
         choice_losses([torch.full((number,), -1.0) for number in choices], right)
+
+
+@pytest.mark.parametrize("add", [lambda m: add_mam(m, 3, 4), lambda m: add_unipelt(m, 3, 2, 4)])
+def test_the_tokens_of_a_combination_are_not_taken_out_alone(add, tiny):
+    model = copy.deepcopy(tiny.model)
+    add(model)
+    before = [*model.state_dict()]
+    with pytest.raises(CourseError, match="take it out whole, with adapters.remove_adapters"):
+        prefix.remove_virtual_tokens(model)
+    assert [*model.state_dict()] == before
+    remove_adapters(model)
+    assert [*model.state_dict()] == [*tiny.model.state_dict()]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda m: train_norms(m, ["model.nrom"]), "'model.nrom' is no normalisation"),
+        (lambda m: add_ia3(m, feedforward=["down_proj"]), "feedforward without targets"),
+        (lambda m: add_bottlenecks(m, 10**12), "must be a whole number in 1..65536"),
+        (lambda m: prefix.add_prefix(m, 3, hidden=10**7), "must be a whole number in 1..65536"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_changes(wrong, says, tiny):
+    model = copy.deepcopy(tiny.model)
+    with pytest.raises(CourseError, match=re.escape(says)):
+        wrong(model)
+    assert all(weight.requires_grad for weight in model.parameters())
+    assert count_parameters(model) == count_parameters(tiny.model)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        *(remove_adapters, prefix.remove_virtual_tokens, norms, feedforward_modules),
+        *(prefix.size_of, prefix.attention_layers),
+    ],
+)
+def test_a_base_in_the_place_of_its_model_is_named(ask, tiny):
+    with pytest.raises(CourseError, match="found a Loaded, expected a model, such as base.model"):
+        ask(tiny)

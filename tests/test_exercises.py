@@ -193,6 +193,26 @@ EQUIVALENT = {
         "4 + 8 / block_size -> 8 / block_size + 4",
     },
     "E4.7": {"return None -> pass"},
+    "E5.2": {
+        "keys.transpose(-1, -2) -> keys.transpose(-2, -1)",
+        "scores + nn.functional.pad(mask, (count, 0)) -> "
+        "nn.functional.pad(mask, (count, 0)) + scores",
+        "-2 -> 2",  # of four dimensions
+    },
+    "E5.3": {
+        "h + torch.relu(h @ down.T + down_bias) @ up.T + up_bias -> "
+        "up_bias + (h + torch.relu(h @ down.T + down_bias) @ up.T)",
+        "h + torch.relu(h @ down.T + down_bias) @ up.T -> "
+        "torch.relu(h @ down.T + down_bias) @ up.T + h",
+        "h @ down.T + down_bias -> down_bias + h @ down.T",
+    },
+    "E5.6": {
+        "tokens * kv + (kv + 1) * hidden + (hidden + 1) * wide -> "
+        "(hidden + 1) * wide + (tokens * kv + (kv + 1) * hidden)",
+        "tokens * kv + (kv + 1) * hidden -> (kv + 1) * hidden + tokens * kv",
+        "hidden + 1 -> 1 + hidden",
+        "kv + 1 -> 1 + kv",
+    },
 }
 SWAPS = {
     ast.Add: [ast.Sub],

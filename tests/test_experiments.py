@@ -238,3 +238,13 @@ def test_a_number_of_blocks_that_cannot_be_is_refused_and_nothing_is_frozen(coun
     ):
         last_blocks(count)(tiny)
     assert all(weight.requires_grad for weight in tiny.model.parameters())
+
+
+def test_rates_with_fewer_seeds_are_refused_since_chance_decides_there():
+    runs = [
+        experiments.Outcome("LoRA", {"learning rate": rate}, seed, 8, {"exact match": 50.0})
+        for rate, seed in ((0.1, 0), (0.1, 1), (0.2, 0))
+    ]
+    sweep = experiments.Sweep(runs, {"exact match": experiments.Measure("percent")})
+    with pytest.raises(CourseError, match="LoRA, learning rate 0.2 has 1 seeds, another rate 2"):
+        experiments.at_best_rates(sweep, "exact match")

@@ -1,5 +1,7 @@
 """Tests of course_lib.plots: what is drawn is what was given."""
 
+import itertools
+
 import matplotlib
 import pytest
 
@@ -89,6 +91,23 @@ def test_lines_and_points_hold_what_was_given_with_a_color_for_each_name():
     ]
     assert [text.get_text() for text in dots.get_legend().get_texts()] == ["a", "b"]
     assert [(text.get_text(), text.xy) for text in dots.texts] == [("x", (1.5, 5.5)), ("y", (3, 4))]
+
+
+def test_names_of_points_that_lie_close_do_not_cover_each_other():
+    names = {f"name {number}": [(1 + number / 100, 50 + number)] for number in range(1, 5)}
+    axes = plots.plot_points(
+        {"a": names | {"far": [(100, 50)], "low": [(1, 0)]}},
+        "Four are close",
+        "loss",
+        "%",
+        log_x=True,
+    )
+    axes.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    moved = {text.get_text(): text.get_position()[1] - 3 for text in axes.texts}
+    assert (moved["name 1"], moved["far"]) == (0, 0)
+    assert moved["name 2"] > 0
 
 
 def test_seeds_are_dots_around_the_line_of_their_means():

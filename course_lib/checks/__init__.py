@@ -63,6 +63,8 @@ class Exercise:
     otherwise: what to say of a wrong result that no known mistake gives; "" names the difference
     ask: (function, *arguments of a case) -> the result, for a function that changes what it is
         given; its docstring says what it does
+    trains: the cells below train through the function, so that the type of its tensors and their
+        gradient count
     """
 
     reference: Function
@@ -71,6 +73,7 @@ class Exercise:
     facts: Callable[..., dict[str, Any]] = lambda *arguments: {}
     otherwise: str = ""
     ask: Callable[..., Any] | None = None
+    trains: bool = False
 
     def result(self, function: Function, arguments: tuple) -> Any:
         """What `function` gives for a case; what it prints is dropped."""
@@ -264,7 +267,41 @@ def _problem(exercise: Exercise, function: Function) -> str | None:
                     say(sentence, **fields, **exercise.facts(*arguments)) if sentence else problem
                 )
             return "\n".join([problem[:400], call, *_side_by_side(found, expected)])
+    return _useless(exercise, function) if exercise.trains else None
+
+
+def _useless(exercise: Exercise, function: Function) -> str | None:
+    """Why the cells below could not train through a function whose numbers are right."""
+    case = exercise.cases[0]
+    for place, argument in enumerate(case):
+        if not _is_floating(argument):
+            continue
+        given = [*copy.deepcopy(case)]
+        given[place] = argument.clone().requires_grad_()
+        results = (exercise.result(one, tuple(given)) for one in (exercise.reference, function))
+        for right, found in zip(*map(_parts, results), strict=True):
+            if getattr(found, "dtype", None) != right.dtype or not hasattr(found, "grad_fn"):
+                return say(
+                    "the numbers are right, but your function returns {found}, expected a tensor "
+                    "of {expected}",
+                    found=getattr(found, "dtype", kind(found)),
+                    expected=right.dtype,
+                )
+            if right.grad_fn is not None and found.grad_fn is None:
+                return say(
+                    "the numbers are right, but no gradient comes back to `{name}`: leave detach, "
+                    ".data and new parameters out",
+                    name=exercise.fields[place],
+                )
     return None
+
+
+def _is_floating(argument: Any) -> bool:
+    return hasattr(argument, "grad_fn") and argument.is_floating_point()
+
+
+def _parts(result: Any) -> tuple:
+    return tuple(result) if isinstance(result, list | tuple) else (result,)
 
 
 def _sentence(exercise: Exercise, function: Function, found: Any, arguments: tuple) -> str:

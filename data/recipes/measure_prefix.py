@@ -1,5 +1,5 @@
-"""Measure what Day 5 says about virtual tokens and adapters, three seeds each: about an hour on two
-CPU cores for tiny, and an hour and a half for SmolLM2 (the recipes whose names begin with week).
+"""Measure what Day 5 says about virtual tokens and adapters, three seeds each: about two hours on
+two CPU cores for tiny, and three for SmolLM2 (week_rates, week, examples_rates, examples, costs).
 
     python data/recipes/measure_prefix.py           # all
     python data/recipes/measure_prefix.py starts    # one
@@ -48,12 +48,12 @@ from course_lib.training import Run, finetune
 
 TOKENS, HIDDEN, WIDTH, RANK = 20, 128, 16, 8
 STARTS = {  # method, how it starts: rates on tiny
-    ("prompt tuning", "random"): (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
-    ("prompt tuning", "vocabulary"): (1e-2, 3e-2, 1e-1, 3e-1),
-    ("prompt tuning", "text"): (1e-2, 3e-2, 1e-1, 3e-1),
-    ("P-tuning, MLP", "random"): (1e-3, 3e-3, 1e-2, 3e-2),
-    ("P-tuning, LSTM", "random"): (1e-3, 3e-3, 1e-2, 3e-2),
-    ("prefix tuning", "random"): (3e-2, 1e-1, 3e-1, 1.0),
+    ("prompt tuning", "random"): (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0, 100.0),
+    ("prompt tuning", "vocabulary"): (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0, 100.0),
+    ("prompt tuning", "text"): (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0, 100.0),
+    ("P-tuning, MLP", "random"): (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    ("P-tuning, LSTM", "random"): (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    ("prefix tuning", "random"): (3e-2, 1e-1, 3e-1, 1.0, 3.0),
     ("prefix tuning", "zero"): (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0),
     ("prefix tuning", "text"): (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
     ("prefix tuning, MLP", "random"): (3e-3, 1e-2, 3e-2),
@@ -109,7 +109,7 @@ ADAPTERS = {
 }
 RATES = {  # of these on tiny
     "bottleneck adapters": (1e-3, 3e-3, 1e-2, 3e-2),
-    "parallel adapters": (1e-3, 3e-3, 1e-2, 3e-2),
+    "parallel adapters": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "MAM": (3e-3, 1e-2, 3e-2),
     "UniPELT": (1e-3, 3e-3, 1e-2, 3e-2),
     "IA3": (1e-2, 3e-2, 1e-1, 3e-1),
@@ -127,17 +127,17 @@ def adapters(machine: Machine) -> Sweep:
 
 
 WEEK = {  # method and its settings: rates that were tried on the validation questions
-    ("prompt tuning", "vocabulary"): (1e-2, 3e-2, 1e-1, 3e-1),
-    ("P-tuning, MLP", "random"): (1e-3, 3e-3, 1e-2, 3e-2),
+    ("prompt tuning", "vocabulary"): (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0),
+    ("P-tuning, MLP", "random"): (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     ("prefix tuning, MLP", "random"): (1e-3, 3e-3, 1e-2),
-    ("prefix tuning", "zero"): (1e-2, 3e-2, 1e-1, 3e-1),
+    ("prefix tuning", "zero"): (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
     ("prefix tuning", "text"): (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     ("bottleneck adapters", ""): (1e-3, 3e-3, 1e-2),
     ("MAM", ""): (1e-3, 3e-3, 1e-2),
     ("UniPELT", ""): (1e-3, 3e-3, 1e-2),
     ("IA3", ""): (1e-2, 3e-2, 1e-1),
     ("BitFit", ""): (3e-3, 1e-2, 3e-2),
-    ("norm tuning", ""): (3e-3, 1e-2, 3e-2, 1e-1),
+    ("norm tuning", ""): (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
 }
 
 
@@ -168,7 +168,7 @@ def week_rates(machine: Machine) -> Sweep:
 
 WEEK_BEST = {  # by `week_rates`
     ("prompt tuning", "vocabulary"): 1e-1,
-    ("P-tuning, MLP", "random"): 3e-2,
+    ("P-tuning, MLP", "random"): 1e-1,
     ("prefix tuning, MLP", "random"): 3e-3,
     ("prefix tuning", "zero"): 3e-1,
     ("prefix tuning", "text"): 1e-1,
@@ -177,7 +177,7 @@ WEEK_BEST = {  # by `week_rates`
     ("UniPELT", ""): 3e-3,
     ("IA3", ""): 3e-2,
     ("BitFit", ""): 1e-2,
-    ("norm tuning", ""): 1e-2,
+    ("norm tuning", ""): 3e-3,
 }
 
 
@@ -203,11 +203,11 @@ def lengths(machine: Machine) -> Sweep:
 
 
 FAR = {  # method and start: rates
-    ("prompt tuning", "vocabulary"): (3e-2, 1e-1, 3e-1),
-    ("prefix tuning", "text"): (3e-1, 1.0, 3.0),
-    ("IA3", ""): (3e-2, 1e-1, 3e-1),
-    ("norm tuning", ""): (1e-2, 3e-2, 1e-1),
-    ("bottleneck adapters", ""): (3e-3, 1e-2, 3e-2),
+    ("prompt tuning", "vocabulary"): (3e-2, 1e-1, 3e-1, 1.0, 10.0, 30.0, 100.0),
+    ("prefix tuning", "text"): (3e-1, 1.0, 3.0, 10.0),
+    ("IA3", ""): (3e-2, 1e-1, 3e-1, 1.0),
+    ("norm tuning", ""): (3e-2, 1e-1, 3e-1, 1.0),
+    ("bottleneck adapters", ""): (3e-3, 1e-2, 3e-2, 1e-1),
 }
 
 

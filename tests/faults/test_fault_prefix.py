@@ -114,10 +114,10 @@ def test_a_seed_that_torch_does_not_take_is_refused(seed, tiny, survived):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden": 0}, "hidden=0 must be a whole number above 0"),
+        ({"hidden": 0}, "hidden=0 must be a whole number in 1..65536"),
         ({"hidden": True}, "hidden=True must"),
         ({"hidden": 1.5}, "hidden=1.5 must"),
-        ({"encoder": "mlp", "hidden": 0}, "hidden=0 must be a whole number above 0"),
+        ({"encoder": "mlp", "hidden": 0}, "hidden=0 must be a whole number in 1..65536"),
         ({"encoder": "mlp"}, "encoder='mlp' with hidden=None, expected"),
         ({"encoder": "gru", "hidden": 8}, "encoder='gru' with hidden=8, expected"),
     ],

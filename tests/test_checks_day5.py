@@ -6,10 +6,11 @@ That each listed mistake has its own sentence is in tests/test_checks.py.
 
 import pytest
 import torch
-from course_lib import adapters, prefix
-from course_lib.checks import diagnosis, find
 from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from course_lib import adapters, prefix
+from course_lib.checks import diagnosis, find
 
 
 def soft_prompt_by_stacking(vectors, embedded, mask, labels):
@@ -26,7 +27,10 @@ def soft_prompt_by_padding(vectors, embedded, mask, labels):
 
 
 def attention_by_torch(q, k, v, prefix_k, prefix_v, mask):
-    keys, values = (torch.cat([states[None].repeat(len(q), 1, 1, 1), text], 2) for states, text in ((prefix_k, k), (prefix_v, v)))
+    keys, values = (
+        torch.cat([states[None].repeat(len(q), 1, 1, 1), text], 2)
+        for states, text in ((prefix_k, k), (prefix_v, v))
+    )
     return scaled_dot_product_attention(q, keys, values, pad(mask, (prefix_k.shape[1], 0)))
 
 
@@ -47,11 +51,8 @@ def attention_by_two_sums(q, k, v, prefix_k, prefix_v, mask):
 
 def bottleneck_by_library(h, down, down_bias, up, up_bias):
     layer = adapters.Bottleneck(h.shape[-1], len(down))
-    with torch.no_grad():
-        for part, weight, bias in ((layer.down, down, down_bias), (layer.up, up, up_bias)):
-            part.weight.copy_(weight)
-            part.bias.copy_(bias)
-        return h + layer(h)
+    weights = {"down.weight": down, "down.bias": down_bias, "up.weight": up, "up.bias": up_bias}
+    return h + torch.func.functional_call(layer, weights, (h,))
 
 
 def bottleneck_by_linear(h, down, down_bias, up, up_bias):
@@ -73,7 +74,9 @@ def nearest_by_library(vectors, embeddings):
 
 
 def weights_by_modules(layers, kv, tokens, hidden):
-    network = nn.Sequential(nn.Linear(kv, hidden, device="meta"), nn.Linear(hidden, 2 * layers * kv, device="meta"))
+    network = nn.Sequential(
+        nn.Linear(kv, hidden, device="meta"), nn.Linear(hidden, 2 * layers * kv, device="meta")
+    )
     made = sum(weight.numel() for weight in network.parameters())
     return made + tokens * kv, 2 * tokens * layers * kv
 
@@ -179,3 +182,35 @@ def test_the_exercise_counts_what_the_package_builds(tiny):
     prefix.fold(tiny.model)
     counted = find("E5.6").reference(layers, heads * width, 3, 5)
     assert counted == (trained, tokens.table.numel())
+
+
+def in_float(vectors, embedded, mask, labels):
+    embedded, mask, labels = find("E5.1").reference(vectors, embedded, mask, labels)
+    return embedded, mask, labels.float()
+
+
+def without_gradient(vectors, embedded, mask, labels):
+    return find("E5.1").reference(vectors.detach(), embedded, mask, labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "says"),
+    [
+        ("E5.1", in_float, "returns torch.float32, expected a tensor of torch.int64"),
+        ("E5.1", without_gradient, "no gradient comes back to `vectors`"),
+        (
+            "E5.4",
+            lambda *arguments: nn.Parameter(find("E5.4").reference(*arguments)),
+            "no gradient comes back to `weight`",
+        ),
+    ],
+)
+def test_right_numbers_that_cannot_be_trained_through_are_refused(name, function, says):
+    assert says in diagnosis(name, function)
+
+
+def test_a_scale_is_not_placed_by_its_length():
+    def by_length(weight, scale, on_input):
+        return weight * (scale if len(scale) == weight.shape[1] else scale[:, None])
+
+    assert "rows and columns" in diagnosis("E5.4", by_length)

@@ -2,17 +2,18 @@
 lets attention see a prefix, passes a bottleneck and scales a layer; then the nearest words of
 vectors, and a count of weights.
 
-The letters: N rows, T tokens of text, P virtual ones, C width, H heads of width d. No case has two
-of its sizes equal, so that a transposed result is seen by its shape.
+The letters: N rows, T tokens of text, P virtual ones, C width, H heads of width d. Most cases have
+no two sizes equal, so that a transposed result is seen by its shape.
 """
 
 from functools import partial
 from math import sqrt
 
 import torch
-from course_lib.checks import Exercise, known
 from torch import Generator
 from torch.nn.functional import gelu, pad, relu
+
+from course_lib.checks import Exercise, known
 
 EXERCISES = {}
 DRAW = Generator().manual_seed(5)
@@ -90,7 +91,9 @@ EXERCISES["E5.1"] = Exercise(
         "the vectors stand behind the text: a model that reads from left to right never uses them",
         partial(
             soft_prompt,
-            embed=lambda embedded, vectors: torch.cat([embedded, before(embedded, vectors)[:, : len(vectors)]], 1),
+            embed=lambda embedded, vectors: torch.cat(
+                [embedded, before(embedded, vectors)[:, : len(vectors)]], 1
+            ),
         ),
         "the mask hides your vectors: 1 means that a position is seen",
         partial(soft_prompt, seen=lambda mask, count: pad(mask, (count, 0), value=0)),
@@ -131,7 +134,9 @@ EXERCISES["E5.1"] = Exercise(
         "all virtual tokens have the mean of the vectors: each has its own",
         partial(
             soft_prompt,
-            embed=lambda embedded, vectors: before(embedded, vectors.mean(0, keepdim=True).expand_as(vectors)),
+            embed=lambda embedded, vectors: before(
+                embedded, vectors.mean(0, keepdim=True).expand_as(vectors)
+            ),
         ),
         "your results come in the wrong order: embeddings, mask, labels",
         lambda *arguments: [soft_prompt(*arguments)[place] for place in (0, 2, 1)],
@@ -140,6 +145,7 @@ EXERCISES["E5.1"] = Exercise(
     ),
     otherwise="expected the vectors before the embeddings of each row, a mask with P ones more in "
     "front, and labels with P times -100 more in front",
+    trains=True,
 )
 
 
@@ -163,7 +169,8 @@ def prefix_attention(
     """
     rows, count = len(q), prefix_k.shape[1]
     keys, values = (
-        torch.cat(order(prefix.expand(rows, *prefix.shape), text), 2) for prefix, text in ((prefix_k, k), (prefix_v, v))
+        torch.cat(order(prefix.expand(rows, *prefix.shape), text), 2)
+        for prefix, text in ((prefix_k, k), (prefix_v, v))
     )
     scores = q @ keys.transpose(-1, -2) / divide(q.shape[-1]) + seen(mask, count)
     return weigh(scores, count) @ values
@@ -233,25 +240,42 @@ EXERCISES["E5.2"] = Exercise(
         "there is no softmax: scores become shares that sum to 1",
         partial(prefix_attention, weigh=lambda scores, count: scores),
         "the values of the prefix are left out: what is seen of it must be added, too",
-        lambda q, k, v, prefix_k, prefix_v, mask: prefix_attention(q, k, v, prefix_k, torch.zeros_like(prefix_v), mask),
+        lambda q, k, v, prefix_k, prefix_v, mask: prefix_attention(
+            q, k, v, prefix_k, torch.zeros_like(prefix_v), mask
+        ),
         "the keys of the prefix are left out: each virtual token has a key",
-        lambda q, k, v, prefix_k, prefix_v, mask: prefix_attention(q, k, v, torch.zeros_like(prefix_k), prefix_v, mask),
+        lambda q, k, v, prefix_k, prefix_v, mask: prefix_attention(
+            q, k, v, torch.zeros_like(prefix_k), prefix_v, mask
+        ),
         "keys and values of the prefix have changed places",
-        lambda q, k, v, prefix_k, prefix_v, mask: prefix_attention(q, k, v, prefix_v, prefix_k, mask),
+        lambda q, k, v, prefix_k, prefix_v, mask: prefix_attention(
+            q, k, v, prefix_v, prefix_k, mask
+        ),
         "the keys of the prefix are its values, too",
-        lambda q, k, v, prefix_k, prefix_v, mask: prefix_attention(q, k, v, prefix_k, prefix_k, mask),
+        lambda q, k, v, prefix_k, prefix_v, mask: prefix_attention(
+            q, k, v, prefix_k, prefix_k, mask
+        ),
         "keys and values of the text have changed places",
-        lambda q, k, v, prefix_k, prefix_v, mask: prefix_attention(q, v, k, prefix_k, prefix_v, mask),
+        lambda q, k, v, prefix_k, prefix_v, mask: prefix_attention(
+            q, v, k, prefix_k, prefix_v, mask
+        ),
         "the text does not see itself: the keys are those of the prefix and those of the text",
-        lambda q, k, v, prefix_k, prefix_v, mask: prefix_attention(q, k[:, :, :0], v[:, :, :0], prefix_k, prefix_v, mask[..., :0]),
+        lambda q, k, v, prefix_k, prefix_v, mask: prefix_attention(
+            q, k[:, :, :0], v[:, :, :0], prefix_k, prefix_v, mask[..., :0]
+        ),
         "the prefix is not seen at all: put its keys and values before those of the text",
-        lambda q, k, v, prefix_k, prefix_v, mask: prefix_attention(q, k, v, prefix_k[:, :0], prefix_v[:, :0], mask),
+        lambda q, k, v, prefix_k, prefix_v, mask: prefix_attention(
+            q, k, v, prefix_k[:, :0], prefix_v[:, :0], mask
+        ),
         "the prefix is added to what attention gives: it takes part in the softmax",
         lambda q, k, v, prefix_k, prefix_v, mask: (
-            prefix_attention(q, k, v, prefix_k[:, :0], prefix_v[:, :0], mask) + prefix_v.mean(1)[:, None]
+            prefix_attention(q, k, v, prefix_k[:, :0], prefix_v[:, :0], mask)
+            + prefix_v.mean(1)[:, None]
         ),
     ),
-    otherwise="expected softmax(q [prefix_k; k]^T / sqrt(d) + mask) [prefix_v; v], and a mask that adds 0 for the prefix",
+    otherwise="expected softmax(q [prefix_k; k]^T / sqrt(d) + mask) [prefix_v; v], "
+    "and a mask that adds 0 for the prefix",
+    trains=True,
 )
 
 
@@ -307,7 +331,9 @@ EXERCISES["E5.3"] = Exercise(
         "h is bent before it passes by",
         partial(bottleneck, keep=relu),
         "h is bent before it goes down: the bend stands between the matrices",
-        lambda h, down, down_bias, up, up_bias: h + bottleneck(relu(h), down, down_bias, up, up_bias, inner=lambda x: x) - relu(h),
+        lambda h, down, down_bias, up, up_bias: (
+            h + bottleneck(relu(h), down, down_bias, up, up_bias, inner=lambda x: x) - relu(h)
+        ),
         "your bend is GELU: take ReLU, as the cells below do",
         partial(bottleneck, inner=gelu),
         "your bend is a sigmoid, which is one half at zero: take ReLU",
@@ -317,7 +343,9 @@ EXERCISES["E5.3"] = Exercise(
         "the first bias is left out",
         lambda h, down, down_bias, up, up_bias: bottleneck(h, down, 0, up, up_bias),
         "the first bias is added behind the bend: add it before",
-        lambda h, down, down_bias, up, up_bias: bottleneck(h, down, 0, up, up_bias, inner=lambda x: relu(x) + down_bias),
+        lambda h, down, down_bias, up, up_bias: bottleneck(
+            h, down, 0, up, up_bias, inner=lambda x: relu(x) + down_bias
+        ),
         "the second bias is left out",
         lambda h, down, down_bias, up, up_bias: bottleneck(h, down, down_bias, up, 0),
         "you return what stands inside the bottleneck: it goes up again, and h is added",
@@ -328,6 +356,7 @@ EXERCISES["E5.3"] = Exercise(
         partial(bottleneck, outer=lambda added: -added),
     ),
     otherwise="expected h + W_up relu(W_down h + b_down) + b_up, for each token",
+    trains=True,
 )
 
 
@@ -360,9 +389,12 @@ EXERCISES["E5.4"] = Exercise(
         scale_case(4, 3, True),
         scale_case(2, 6, False),
         scale_case(2, 6, True),
+        scale_case(3, 3, False),  # the shapes do not say which is meant
+        scale_case(3, 3, True),
     ],
     known(
-        "rows and columns have changed places: row i of the weight makes output i, column j takes input j",
+        "rows and columns have changed places: row i of the weight makes output i, "
+        "column j takes input j",
         by_place,
         "the scale is added: every output, or input, is multiplied with its number",
         lambda weight, scale, on_input: weight + (scale if on_input else scale[:, None]),
@@ -389,7 +421,9 @@ EXERCISES["E5.4"] = Exercise(
         "the scale stands in reverse order",
         partial(scaled, by=lambda scale: scale.flip(0)),
     ),
-    otherwise="expected the weight with row i multiplied by scale[i], or column j by scale[j] where the input is scaled",
+    otherwise="expected the weight with row i multiplied by scale[i], "
+    "or column j by scale[j] where the input is scaled",
+    trains=True,
 )
 
 
@@ -424,7 +458,8 @@ EXERCISES["E5.5"] = Exercise(
     known(
         "long embeddings win, since your likeness is the product: bring the embeddings to length 1",
         partial(nearest, unit=lambda rows: rows),
-        "your likeness is the distance: a vector that is longer than every word is near to none; compare directions",
+        "your likeness is the distance: a vector that is longer than every word is near to none; "
+        "compare directions",
         lambda vectors, embeddings: torch.cdist(vectors, embeddings).argmin(1),
         "you take the least like: take the highest cosine",
         partial(nearest, best=lambda likeness: likeness.argmin(1)),
@@ -511,5 +546,6 @@ EXERCISES["E5.6"] = Exercise(
         "the hidden layer is as wide as the model: it has `hidden` units",
         lambda layers, kv, tokens, hidden: weights_of(layers, kv, tokens, kv),
     ),
-    otherwise="expected the weights of the table and of the two linear layers, and those of the keys and values that are kept",
+    otherwise="expected the weights of the table and of the two linear layers, "
+    "and those of the keys and values that are kept",
 )
