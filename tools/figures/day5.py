@@ -47,6 +47,7 @@ def tables(notebook: Notebook) -> list[list[Row]]:
     in_use = [
         {"in use": row["method"], "time of an answer": row["time of an answer"]}
         for row in table_rows(notebook, 'experiments.read("prefix_costs")')
+        if not row["method"].startswith(("IA3", "parallel", "UniPELT", "prompt"))
     ]
     return [opening, heard, live_rows(notebook), today_rows(), in_use]
 
@@ -71,10 +72,9 @@ def today_rows() -> list[Row]:
     """Methods of the day on the task of the week, and what they are compared with."""
     week, today = experiments.read("week"), experiments.read("prefix_week")
     sweep = (
-        week.where("untouched", "ten examples in the prompt", "full fine-tuning")
+        week.where("untouched", "full fine-tuning")
         + week.where("LoRA", layers="all linear layers")
-        + today.where("bottleneck adapters", "UniPELT", "IA3", "norm tuning", "prompt tuning")
-        + today.where("prefix tuning, MLP")
+        + today.where("bottleneck adapters", "IA3", "norm tuning", "prompt tuning")
         + today.where("prefix tuning", start="text")
     )
     short = {
