@@ -24,7 +24,7 @@ def figures(notebook: Notebook) -> dict[str, Callable[[], Axes | bytes | str]]:
         "block": lambda: picture(notebook, "plots.plot_block("),
         "starts": lambda: picture(notebook, "Where it starts decides which rate"),
         "mlp": lambda: picture(notebook, "An MLP that makes the vectors"),
-        "tiny": lambda: picture(notebook, "Where weights act matters"),
+        "tiny": lambda: picture(notebook, "In 150 steps where weights"),
         "points": lambda: picture(notebook, "plots.plot_points("),
         "far": lambda: picture(notebook, "New words need weights"),
     }
@@ -39,10 +39,10 @@ def tables(notebook: Notebook) -> list[list[Row]]:
             for name in (
                 "prefix",
                 "its share of attention, by layer",
-                "size of an entry of its keys",
+                "its longest key",
             )
         }
-        for row in table_rows(notebook, "text, trained")
+        for row in table_rows(notebook, "trained, old lengths")
     ]
     in_use = [
         {"in use": row["method"], "time of an answer": row["time of an answer"]}
