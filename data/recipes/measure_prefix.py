@@ -268,9 +268,7 @@ def examples_rates(machine: Machine) -> Sweep:
         base, prompt, run = trained_examples(machine, rate, 0)
         scores, _ = scores_of(base, next_turns(base, prompt, validation), validation)
         settings = {"steps": EXAMPLES_STEPS, "learning rate": rate}
-        outcomes.append(
-            outcome_of("ten examples, a trained prefix", settings, 0, base, scores, run)
-        )
+        outcomes.append(outcome_of(TRAINED, settings, 0, base, scores, run))
     measures = dict.fromkeys(RATES_OF_ANSWERS, Measure("percent", len(validation)))
     return Sweep(outcomes, measures)
 
